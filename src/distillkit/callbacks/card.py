@@ -1,0 +1,69 @@
+"""The model card of an exported student."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+_NAMES = {
+    "val/kl": "KL(teacher‖student), nats per token",
+    "val/nll": "student's NLL of the reference responses, nats per token",
+    "val/acceptance": "expected speculative acceptance, Σ min(p, q)",
+    "val/rouge_l": "ROUGE-L of greedy answers against the reference, %",
+}
+
+
+def model_card(module: Any, trainer: Any) -> str:
+    """A card in the hub's form: method, models, data, figures.
+
+    Args:
+        module: The trained DistillModule.
+        trainer: Its trainer.
+    """
+    from distillkit import __version__
+
+    student, teacher = module.loader.source, getattr(module.teacher, "source", None)
+    summary = inspect.getdoc(type(module.loss)) or ""
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation",
+        "tags: [distillation, distillkit]", "---", "",
+        f"# {trainer.default_root_dir.rstrip('/').rpartition('/')[2]}", "",
+        f"Distilled with distillkit {__version__}.", "",
+        "| | |", "| --- | --- |",
+        f"| student | `{student}`{_pruned(module.loader.keep_layers)} |",
+        f"| teacher | {f'`{teacher}`' if teacher else 'none'} |",
+        f"| loss | `{_described(module.loss)}` |",
+        f"| responses | `{_described(module.curator)}` |",
+        f"| prompts | {_data(trainer.datamodule)} |",
+        f"| training | {trainer.global_step} optimizer steps, {trainer.current_epoch} epochs, precision {trainer.precision} |",
+        "", summary.splitlines()[0] if summary else "", "",
+    ]  # fmt: skip
+    if module.history:
+        first, last = module.history[0], module.history[-1]
+        lines += ["## Held-out figures", "", "| figure | before | after |", "| --- | --- | --- |"]
+        lines += [f"| {_NAMES.get(k, k)} | {first[k]:.4g} | {last[k]:.4g} |" for k in last if k != "step" and k in first]
+    lines += ["", "The licences of the student's base model, the teacher and the prompts apply to this model.", ""]
+    return "\n".join(lines)
+
+
+def _pruned(layers: list[int] | None) -> str:
+    return "" if layers is None else f", {len(layers)} layers kept: {', '.join(map(str, layers))}"
+
+
+def _described(part: nn.Module) -> str:
+    """The part with its numbers and the parts in it."""
+    plain = {
+        name: value for name, value in vars(part).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, int | float | str)
+    }  # fmt: skip
+    arguments = [f"{name}={value}" for name, value in plain.items()]
+    arguments += [f"{name}={_described(child)}" for name, child in part.named_children()]
+    return f"{type(part).__name__}({', '.join(arguments)})"
+
+
+def _data(datamodule: Any) -> str:
+    if datamodule is None or not hasattr(datamodule, "sources"):
+        return "not recorded"
+    counts = {name: len(prompts) for name, prompts in datamodule.prompts.items()}
+    used = {name: getattr(source, "path", source) for name, source in datamodule.sources.items() if name in counts}
+    return "; ".join(f"{name}: {counts[name]} from `{source}`" for name, source in used.items())

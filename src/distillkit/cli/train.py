@@ -1,0 +1,125 @@
+"""The verbs `fit`, `validate` and `test`, on LightningCLI."""
+
+import difflib
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.logging import RichHandler
+
+import distillkit.callbacks  # its classes are found by their short names
+from distillkit import registry
+from distillkit.cli import configs
+from distillkit.data.module import DistillData
+from distillkit.errors import ConfigError
+from distillkit.module import DistillModule
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Runs `verb` with the arguments that follow it.
+
+    Raises:
+        ConfigError: If a config file or argument is wrong; no model has been loaded then.
+    """
+    files, rest = configs.split_arguments(arguments)
+    merged: configs.Config = {}
+    for file in files:
+        merged = configs.merge(merged, configs.load(file))
+    configs.named_parts(merged, rest)
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "merged.yaml"
+        resolved.write_text(yaml.safe_dump(merged, sort_keys=False))
+        DistillCLI(
+            DistillModule,
+            DistillData,
+            args=[verb, *([f"--config={resolved}"] if files else []), *rest],
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"num_sanity_val_steps": -1, "default_root_dir": "runs/default", "log_every_n_steps": 10},
+            parser_kwargs={"allow_abbrev": False},
+        )
+    return 0
+
+
+class Parser(LightningArgumentParser):
+    """Turns a parser's complaint into one line with a suggestion."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises instead of printing the usage and leaving."""
+        raise ConfigError(explain(message, self)) from None
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration beside the run."""
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Writes `config.yaml` into the run's folder when training starts."""
+        if stage == "fit":
+            path = Path(trainer.default_root_dir) / "config.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI with this project's run folder, loggers and early checks."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and the arguments of theirs that are not settings."""
+        verbs = LightningCLI.subcommands()
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that accepts no abbreviated key."""
+        return super().init_parser(**{"allow_abbrev": False, **kwargs})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses what `run` prepared."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses to write into another run's folder, and sets up the log on the terminal."""
+        handler = RichHandler(show_path=False, show_level=False, log_time_format="[%X]")
+        log = logging.getLogger("distillkit")
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+        root, resuming = Path(self._get(self.config, "trainer").default_root_dir), self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit" and rank_zero_only.rank == 0 and not resuming and (root / "config.yaml").exists():
+            raise ConfigError(
+                f"The run folder {root} holds a run already: go on with it by --ckpt_path last, "
+                "or name another by --trainer.default_root_dir."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer, with CSV and TensorBoard logs in the run's folder unless other loggers are configured."""
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.logger in (None, True):
+            root = trainer.default_root_dir
+            kwargs["logger"] = [CSVLogger(root, name="csv"), TensorBoardLogger(root, name="tensorboard")]
+        return super().instantiate_trainer(**kwargs)
+
+
+def explain(message: str, parser: Any) -> str:
+    """One line of jsonargparse's message, with what may have been meant."""
+    text = " ".join(message.split())
+    text = re.sub(r"tmp\S*merged\.yaml", "config", text)
+    words = re.findall(r"[A-Za-z_][A-Za-z_0-9.]*", text)
+    known = {entry.name for entry in registry.entries()} | {name for name in vars(distillkit.callbacks) if name[0].isupper()}
+    keys = {action.dest for action in parser._actions}
+    for word in words:
+        pool = known if word[0].isupper() else keys
+        near = [] if word in pool else difflib.get_close_matches(word, sorted(pool), n=1, cutoff=0.75)
+        if near and not hasattr(__builtins__, word):
+            return f"{text} Did you mean {near[0]}?"
+    return text
+
+

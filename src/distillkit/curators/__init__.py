@@ -1,0 +1,1 @@
+"""Curators: who writes the responses."""

@@ -1,0 +1,57 @@
+"""Rows of different lengths -> one batch, padded on the right."""
+
+from collections.abc import Sequence
+
+import torch
+
+from distillkit.align import response_positions
+from distillkit.errors import DataError
+from distillkit.types import Batch, Row
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Packs rows into a batch, on the CPU.
+
+    Masks come from lengths and from the rows, never from token ids: `pad_id` may be a token that rows contain.
+
+    Args:
+        rows: The batch's rows, at least one. The rows of one prompt get the same pair number, counted from 0 in the
+            order in which the prompts first appear.
+        pad_id: Token id that fills the rows up; it is neither attended to nor trained on.
+
+    Raises:
+        DataError: If a row is empty, its mask has another length than its tokens, or it trains on its first token.
+    """
+    assert rows, "a batch has at least one row"
+    for row in rows:
+        _check(row)
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    response_mask = torch.zeros(shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[index, :length] = torch.tensor(row.input_ids, dtype=torch.long)
+        attention_mask[index, :length] = True
+        response_mask[index, :length] = torch.tensor(row.response_mask, dtype=torch.bool)
+    found = response_positions(input_ids, response_mask)
+    pairs: dict[str, int] = {}
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        positions=found.positions,
+        targets=found.targets,
+        rows=found.rows,
+        lengths=found.lengths,
+        writer=tuple(row.writer for row in rows),
+        pair=tuple(pairs.setdefault(row.prompt_id, len(pairs)) for row in rows),
+    )
+
+
+def _check(row: Row) -> None:
+    if not row.input_ids or len(row.response_mask) != len(row.input_ids):
+        raise DataError(
+            f"The {row.writer} row of prompt {row.prompt_id} has {len(row.input_ids)} tokens and a response mask of "
+            f"length {len(row.response_mask)}: the curator must give both the same length, at least 1."
+        )

@@ -1,0 +1,141 @@
+"""Batches of an epoch, made of responses that are written a round at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from distillkit.data.collate import collate
+from distillkit.types import Batch, Curate, Prompts, Row
+
+
+class RoundLoader:
+    """An epoch's micro-batches for one rank; a sized iterable with state, as a Lightning data loader may be.
+
+    The order of the prompts depends on the seed and the epoch alone. At the start of each round its prompts are curated;
+    the first micro-batch of each optimizer step carries the others of the step along, so that units can be counted
+    before a gradient is taken.
+
+    Args:
+        prompts: All prompts of the run.
+        prepare: Called once with all prompts, before the first round.
+        curate: Gives the rows of a round's prompts; every rank asks for the prompts of all ranks.
+        pad_id: Token id that pads a row.
+        batch_size: Prompts in a micro-batch of one rank; a prompt may have several rows.
+        accumulate: Micro-batches in an optimizer step.
+        rounds: How long a round lasts: `once`, `epoch`, or a number of optimizer steps.
+        epoch: Gives the number of the current epoch.
+        shuffle: Whether each epoch has an order of its own.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        prepare: Callable[[Prompts], None],
+        curate: Curate,
+        pad_id: int,
+        batch_size: int,
+        accumulate: int = 1,
+        rounds: str | int = "epoch",
+        epoch: Callable[[], int] = lambda: 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.prompts, self.prepare, self.curate, self.pad_id = prompts, prepare, curate, pad_id
+        self.batch_size, self.accumulate, self.rounds, self.epoch = batch_size, accumulate, rounds, epoch
+        self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
+        self._done = self._resume_at = 0
+        self._prepared = False
+
+    def __len__(self) -> int:
+        return -(-len(self.prompts) // (self.batch_size * self.world))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many micro-batches of the epoch have been given."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration goes on where the saved one stood."""
+        self._resume_at = state["done"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, steps = self.epoch(), self._steps(self.epoch())
+        self._done, self._resume_at = self._resume_at % max(len(self), 1), 0
+        length = self.rounds if isinstance(self.rounds, int) else len(steps)
+        rows: dict[str, list[Row]] = {}
+        if not self._prepared:
+            self.prepare(self.prompts)
+            self._prepared = True
+        for number in range(self._done // self.accumulate, len(steps)):
+            if number % length == 0 or not rows:
+                first = number // length * length
+                rows = self._round(epoch, steps, first, length)
+            window = tuple(self._batch(batch, rows) for batch in steps[number])
+            for place, batch in enumerate(window):
+                if number * self.accumulate + place < self._done:
+                    continue
+                self._done += 1
+                yield replace(batch, window=window) if place == 0 else batch
+
+    def _steps(self, epoch: int) -> list[list[list[int]]]:
+        """Places of the prompts of each global micro-batch of each optimizer step."""
+        order = list(range(len(self.prompts)))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        size = self.batch_size * self.world
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        return [batches[start : start + self.accumulate] for start in range(0, len(batches), self.accumulate)]
+
+    def _round(self, epoch: int, steps: list[list[list[int]]], first: int, length: int) -> dict[str, list[Row]]:
+        """The rows of the round that begins with step `first`, by prompt id."""
+        places = [place for step in steps[first : first + length] for batch in step for place in batch]
+        number = epoch * -(-len(steps) // length) + first // length
+        rows: dict[str, list[Row]] = {}
+        for row in self.curate(Prompts(tuple(self.prompts[place] for place in places), number)):
+            rows.setdefault(row.prompt_id, []).append(row)
+        return rows
+
+    def _batch(self, places: Sequence[int], rows: dict[str, list[Row]]) -> Batch:
+        return collate(rank_rows([rows[self.prompts[place].id] for place in places], self.rank, self.world), self.pad_id)
+
+
+class FixedLoader:
+    """Batches that are the same each time; a plain list would be taken for a list of loaders.
+
+    Args:
+        batches: The batches.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+def rank_rows(groups: Sequence[Sequence[Row]], rank: int, world: int) -> list[Row]:
+    """The rows of a global batch that one rank trains on.
+
+    Args:
+        groups: The rows of each prompt of the global batch.
+        rank: Number of this process.
+        world: Number of processes.
+
+    Returns:
+        Every `world`-th group. A rank that would have none gets the first group with nothing to train on, because every
+        rank must take part in the step.
+    """
+    own = groups[rank::world]
+    if own:
+        return [row for group in own for row in group]
+    return [replace(row, response_mask=(False,) * len(row.response_mask)) for row in groups[0]]

@@ -1,0 +1,140 @@
+"""The data module: prompts for training, validation and test."""
+
+import logging
+from typing import Literal
+
+from lightning import LightningDataModule
+
+from distillkit.data.chat import encode_all, require_chat_template
+from distillkit.data.collate import collate
+from distillkit.data.loader import FixedLoader, RoundLoader, rank_rows
+from distillkit.data.records import Record, Source
+from distillkit.errors import ConfigError, DataError
+from distillkit.models.tokenizers import eos_ids
+from distillkit.types import Prompts, Row
+
+_log = logging.getLogger(__name__)
+
+
+class DistillData(LightningDataModule):
+    """Prompts, rendered with the model's own chat template, and the batches that the module's curator makes of them.
+
+    Args:
+        train: Training prompts: a path (JSONL, Parquet, CSV), a hub id, `wheel:...`, or a source with its columns.
+        val: Held-out prompts for validation; None for no validation.
+        test: Held-out prompts for `test`; None for the validation's.
+        batch_size: Prompts in a micro-batch of one device; a prompt may have several rows (a pair has two).
+        eval_batch_size: Rows in a validation batch; None for `batch_size`.
+        max_length: Longest prompt, and longest conversation of prompt and response from the data, in tokens.
+        overlong: What to do with longer ones: `error`, or `drop`, which says how many.
+        chat: Whether the model's chat template is applied; False for plain text.
+        system: System message put before conversations that have none; None for no message of ours.
+        shuffle: Whether each epoch has an order of its own.
+        seed: Seed of the order.
+
+    Raises:
+        ConfigError: If a number is below 1.
+    """
+
+    def __init__(
+        self,
+        train: str | Source,
+        val: str | Source | None = None,
+        test: str | Source | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 2048,
+        overlong: Literal["error", "drop"] = "error",
+        chat: bool = True,
+        system: str | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("max_length", max_length)):
+            if number is not None and number < 1:
+                raise ConfigError(f"DistillData.{name} must be at least 1, got {number}.")
+        self.sources = {"train": train, "val": val, "test": test if test is not None else val}
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.max_length, self.overlong, self.chat, self.system = max_length, overlong, chat, system
+        self.shuffle, self.seed = shuffle, seed
+        self.prompts: dict[str, Prompts] = {}
+        self._records: dict[str, list[Record]] = {}
+
+    def prepare_data(self) -> None:
+        """Checks that the files are there and reads them, before any model is touched."""
+        for source in self.sources.values():
+            if source is not None:
+                _as_source(source).check()
+        self._read()
+
+    def setup(self, stage: str) -> None:
+        """Tokenises the prompts with the student's tokenizer.
+
+        Raises:
+            DataError: If a prompt is malformed or too long, or lacks the response that the curator needs.
+            ModelError: If the chat template is missing.
+        """
+        self._read()
+        module = self._module()
+        require_chat_template(module.tokenizer, self.chat)
+        ends = eos_ids(module.tokenizer, None)
+        for name, records in self._records.items():
+            needs_reference = module.curator.needs_reference if name == "train" else module.teacher is None
+            if needs_reference:
+                _require_responses(records, "the curator" if name == "train" else "validation without a teacher")
+            prompts, report = encode_all(
+                records, module.tokenizer, ends, chat=self.chat, system=self.system,
+                max_length=self.max_length, overlong=self.overlong,
+            )  # fmt: skip
+            _log.info("%s: %s", name, report)
+            self.prompts[name] = Prompts(tuple(prompts))
+
+    def train_dataloader(self) -> RoundLoader:
+        """Batches of the module's current round."""
+        module, trainer = self._module(), self.trainer
+        assert trainer is not None
+        return RoundLoader(
+            self.prompts["train"], module.prepare_curation, module.curate, module.tokenizer.pad_token_id, self.batch_size,
+            trainer.accumulate_grad_batches, module.curator.rounds, lambda: trainer.current_epoch,
+            self.shuffle, self.seed, trainer.global_rank, trainer.world_size,
+        )  # fmt: skip
+
+    def val_dataloader(self) -> FixedLoader:
+        """Batches of the held-out prompts with their reference responses."""
+        return self._held_out("val")
+
+    def test_dataloader(self) -> FixedLoader:
+        """As for validation, with the test prompts."""
+        return self._held_out("test")
+
+    def _held_out(self, name: str) -> FixedLoader:
+        module, trainer = self._module(), self.trainer
+        assert trainer is not None
+        if name not in self.prompts:
+            return FixedLoader([])
+        rows: list[Row] = module.held_out_rows(self.prompts[name])
+        size = self.eval_batch_size * trainer.world_size
+        groups = [[[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)]
+        own = [rank_rows(group, trainer.global_rank, trainer.world_size) for group in groups]
+        return FixedLoader([collate(batch, module.tokenizer.pad_token_id) for batch in own])
+
+    def _read(self) -> None:
+        if not self._records:
+            self._records = {name: _as_source(s).records() for name, s in self.sources.items() if s is not None}
+
+    def _module(self):  # noqa: ANN202  the module is above this layer: what is used of it is duck-typed
+        assert self.trainer is not None
+        return self.trainer.lightning_module
+
+
+def _as_source(source: str | Source) -> Source:
+    return Source(source) if isinstance(source, str) else source
+
+
+def _require_responses(records: list[Record], who: str) -> None:
+    for record in records:
+        if record.messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"{record.origin} has no response, and {who} needs one: add a response column, or let a teacher write."
+            )

@@ -1,0 +1,63 @@
+"""Draws tokens from logits with uniform numbers given beforehand.
+
+Letters: R rows, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from distillkit.types import Sampling
+
+_HEADS = (64, 1024)
+"""Likeliest tokens that are looked at first for top-p: a full sort of the vocabulary costs more than the model."""
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """One token per row.
+
+    Args:
+        logits: `[R, V]`.
+        sampling: Temperature, top-p and top-k; the rest is not read.
+        uniform: `[R]` uniform numbers in [0, 1): the row's token is the inverse of its cumulative distribution there.
+
+    Returns:
+        `[R]` token ids.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_p == 1 and sampling.top_k == 0:
+        return _invert(logits.softmax(-1), uniform)
+    limit = sampling.top_k or logits.shape[-1]
+    probs, tokens = _likeliest(logits, sampling.top_p, limit)  # [R, K], descending
+    before = probs.cumsum(-1) - probs
+    # A token is kept if the mass before it does not reach top_p: the first one always is. Top-k comes first: top-p is
+    # a share of what it leaves.
+    kept = probs.masked_fill(before >= sampling.top_p * _mass(logits, probs, limit), 0.0)
+    return tokens.gather(-1, _invert(kept, uniform)[:, None]).squeeze(-1)
+
+
+def _likeliest(logits: Tensor, top_p: float, limit: int) -> tuple[Tensor, Tensor]:
+    """Probabilities of the likeliest tokens, descending, and the tokens: enough of them to reach `top_p`."""
+    log_total = logits.logsumexp(-1, keepdim=True)
+    for size in (*_HEADS, logits.shape[-1]):
+        size = min(size, limit, logits.shape[-1])
+        values, tokens = logits.topk(size, dim=-1)
+        probs = (values - log_total).exp()
+        if size == min(limit, logits.shape[-1]) or bool((probs.sum(-1) >= top_p).all()):
+            break
+    return probs, tokens
+
+
+def _mass(logits: Tensor, probs: Tensor, limit: int) -> Tensor:
+    """`[R, 1]` mass that top-p is a share of: that of the top `limit`, 1 if there is none."""
+    return probs[:, :limit].sum(-1, keepdim=True) if limit < logits.shape[-1] else torch.ones_like(probs[:, :1])
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """`[R]` index at which the cumulative `[R, K]` weights pass `uniform` of their sum."""
+    cumulative = weights.cumsum(-1)
+    wanted = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+    last = (weights > 0).long().cumsum(-1).argmax(-1)  # rounding must not step past the last token with any weight
+    return torch.minimum(index, last)

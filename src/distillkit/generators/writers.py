@@ -1,0 +1,76 @@
+"""The generators of a run by name, and which weights a round was written with."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from distillkit.errors import ConfigError
+from distillkit.generators.stored import Ranks, StoredGenerator
+from distillkit.interfaces import Generator
+from distillkit.models.fingerprint import fingerprint
+from distillkit.store import ResponseStore
+
+
+class Writers:
+    """A generator for the teacher and one for the student, both behind the response store.
+
+    The student moves while a round is trained on, so its fingerprint is taken when the round starts and is part of the
+    checkpoint: a run that resumes in the middle of a round reads that round's responses again.
+
+    Args:
+        generator: Template of the generators; each writer has a copy of its own.
+        store: Where responses are kept.
+        models: Gives each writer's model; None for one that can't write in this process.
+        tokenizer: The tokenizer that the models share.
+        ranks: The processes that share the writing.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        store: ResponseStore,
+        models: Mapping[str, Callable[[], nn.Module | None]],
+        tokenizer: Any,
+        ranks: Ranks,
+    ) -> None:
+        self.models, self.tokenizer = models, tokenizer
+        self.round: dict[str, Any] = {"number": -1, "student": ""}
+        self._teacher = ""
+        self.generators: dict[str, Generator] = {}
+        for name in models:
+            own, now = (self._round_student, self._student) if name == "student" else (self._fixed, self._fixed_now)
+            inner = copy.deepcopy(generator)
+            self.generators[name] = StoredGenerator(name, inner, store, ranks, own, now, self._refresh(name))
+        self.student_now = copy.deepcopy(generator)
+
+    def refreshed_student(self) -> Generator:
+        """A generator with the student's weights as they are, that stores nothing."""
+        self._refresh("student")(self.student_now)
+        return self.student_now
+
+    def _refresh(self, name: str) -> Callable[[Generator], None]:
+        return lambda generator: generator.refresh(self._model(name), self.tokenizer)
+
+    def _model(self, name: str) -> nn.Module:
+        model = self.models[name]()
+        if model is None:
+            raise ConfigError(f"The curator asks the {name} to write, and there is no {name} model in this process.")
+        return model
+
+    def _student(self) -> str:
+        return fingerprint(self._model("student"))
+
+    def _round_student(self, number: int) -> str:
+        if self.round["number"] != number:
+            self.round = {"number": number, "student": self._student()}
+        return str(self.round["student"])
+
+    def _fixed_now(self) -> str:
+        if not self._teacher:
+            self._teacher = fingerprint(self._model("teacher"))
+        return self._teacher
+
+    def _fixed(self, number: int) -> str:
+        return self._fixed_now()

@@ -1,0 +1,169 @@
+"""The abstract classes that a plugin may subclass: signatures and promises only."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.types import Batch, LossOutput, Progress, Prompts, Response, Row, Sampling, Scores, Summary
+
+
+class Schedule(nn.Module, ABC):
+    """A number that moves with training; its clock is the optimizer step.
+
+    State belongs into buffers: they are saved in the checkpoint and keep their dtype in half-precision runs.
+    """
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The number now: 0-dim, without gradient."""
+
+    @abstractmethod
+    def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
+        """Moves to `progress`. Called before the first step with no metrics, then after each optimizer step.
+
+        Args:
+            progress: Steps done and steps in all.
+            metrics: What the loss reported in the step that ended, over all ranks.
+        """
+
+    def for_rows(self, gap: Tensor) -> Tensor:
+        """The number for each row.
+
+        Args:
+            gap: `[R]` how much likelier a response is to its writer's model than to the other, in [-1, 1].
+
+        Returns:
+            `[R]` numbers without gradient.
+        """
+        return self.value.to(gap).expand_as(gap)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Schedule":
+        # A run in bf16 casts every float buffer of the module: schedules move with it, and keep their precision.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Loss(nn.Module, ABC):
+    """Compares two models' scores of a batch. It returns a sum and a count, never a mean."""
+
+    needs_teacher: ClassVar[bool] = True
+    """False if `teacher` is never read: no teacher is then needed for training."""
+
+    @abstractmethod
+    def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
+        """The loss of one micro-batch.
+
+        Args:
+            student: Scores with a graph.
+            teacher: Scores without one; None only if `needs_teacher` is False.
+            batch: The rows that were scored.
+
+        Returns:
+            Totals with a graph also when no position is selected, `units(batch)`, and metrics.
+        """
+
+    @abstractmethod
+    def units(self, batch: Batch) -> Tensor:
+        """The number of units that `forward` sums over, `[]` or `[C]` float64 on the CPU, known without a model."""
+
+    def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
+        """Moves the schedules among the direct parts of this loss; called as `Schedule.update` is."""
+        for child in self.children():
+            if isinstance(child, Schedule | Loss):
+                child.update(progress, metrics)
+
+
+class Generator(ABC):
+    """Continues prompts with a model."""
+
+    @abstractmethod
+    def refresh(self, model: nn.Module, tokenizer: Any) -> None:
+        """Takes the weights that `model` has now.
+
+        Args:
+            model: A transformers causal language model.
+            tokenizer: Its tokenizer.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
+        """One response per prompt, in their order. A response depends on its own seed, not on its neighbours."""
+
+
+class Curator(nn.Module, ABC):
+    """Turns prompts into rows with responses, each marked with its writer."""
+
+    needs_reference: ClassVar[bool] = False
+    """True if every prompt must come with a response of its own."""
+
+    @property
+    @abstractmethod
+    def rounds(self) -> "str | int":
+        """How long a round lasts: `once`, `epoch`, or a number of optimizer steps."""
+
+    @property
+    @abstractmethod
+    def writers(self) -> frozenset[str]:
+        """The generators that `curate` asks for by name, such as `teacher` and `student`."""
+
+    def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
+        """Writes what is written once, for all prompts of the run. Called before the first round."""
+
+    @abstractmethod
+    def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
+        """Rows for the prompts of one round.
+
+        Args:
+            prompts: The round's prompts.
+            generators: A generator per name in `writers`, holding the weights of the round's start.
+
+        Returns:
+            As many rows for each prompt as for every other, those of one prompt together, in the prompts' order.
+        """
+
+
+class Teacher(ABC):
+    """Scores positions without a gradient. Not a module: it must not land in the student's checkpoint."""
+
+    @abstractmethod
+    def setup(self, device: torch.device) -> None:
+        """Loads what it needs onto `device`. Called once per process; a second call does nothing."""
+
+    @abstractmethod
+    def score(self, batch: Batch) -> Scores:
+        """Scores of the batch's N response positions."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer, loadable without the model."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits. Known after `setup`."""
+
+    @abstractmethod
+    def limit_vocab(self, size: int) -> None:
+        """Cuts the scores to the first `size` tokens, those that both models share."""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model in this process that a generator may continue prompts with; None if there is none."""
+        return None
+
+
+class Verifier(ABC):
+    """Judges a response."""
+
+    @abstractmethod
+    def verify(self, prompts: Prompts, responses: Sequence[Response]) -> list[float]:
+        """One number per response, larger is better; exact checks give 0 or 1."""

@@ -1,0 +1,17 @@
+"""Total variation distance as a loss."""
+
+from torch import Tensor
+
+from distillkit import divergences
+from distillkit.losses.token import TokenLoss
+
+
+class TotalVariation(TokenLoss):
+    """Total variation distance, ½ Σ |p − q|: 1 minus the expected acceptance of the student as a draft model.
+
+    Wen et al. 2023 (f-distill), arXiv 2307.15190.
+    """
+
+    def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
+        """`divergences.tvd`."""
+        return divergences.tvd(logp, logq)

@@ -1,0 +1,1 @@
+"""Loading students and teachers, and what is read off them."""

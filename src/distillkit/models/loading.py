@@ -1,0 +1,50 @@
+"""Loading a causal language model, as student and teacher do, and getting rid of its adapters."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import nn
+
+from distillkit.models.checkpoint import read_model
+from distillkit.models.sources import prepare
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(source: str, dtype: Dtype, attn_implementation: str | None = None) -> nn.Module:
+    """Loads a causal language model onto the CPU, in eval mode.
+
+    Args:
+        source: A hub id, a folder, a `.gguf` file, or `wheel:NAME==VERSION/PATH/IN/WHEEL.gguf#sha256=HEX`.
+        dtype: Type of the parameters.
+        attn_implementation: Attention kernel by transformers' name, such as `sdpa`; None lets transformers choose.
+
+    Returns:
+        A transformers causal language model.
+
+    Raises:
+        ModelError: If the source can't be read, or its tensors are not exactly those that its config asks for.
+    """
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model: nn.Module = read_model(prepare(source), source, DTYPES[dtype], **options)
+    return model
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """The model without adapters, ready for `save_pretrained`.
+
+    Args:
+        model: A transformers causal language model, with LoRA adapters or without.
+
+    Returns:
+        `model` itself if it has no adapters, else a merged copy: training can go on with `model`.
+    """
+    from peft import PeftModel  # here, for a fast start of the command line
+
+    if not isinstance(model, PeftModel):
+        return model
+    merged: nn.Module = copy.deepcopy(model).merge_and_unload()
+    return merged

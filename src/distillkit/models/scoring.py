@@ -1,0 +1,103 @@
+"""From a transformers model to scores: hidden states at response positions, and the head that makes logits of them.
+
+Letters: B rows, T tokens, N response positions, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.errors import ModelError
+from distillkit.types import Batch, Scores
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The output embedding of a causal language model with what its architecture does to the logits.
+
+    Args:
+        module: Output embedding, `[n, D]` to `[n, width]`.
+        vocab: V, logits past it are not computed (or cut, where the module is not a plain linear layer).
+        scale: Multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        softcap: Bounds the logits to ± this value by a hyperbolic tangent (Gemma 2); None for no bound.
+    """
+
+    module: nn.Module
+    vocab: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """Logits `[n, V]` of hidden states `[n, D]`."""
+        if type(self.module) is nn.Linear:
+            bias = self.module.bias
+            bias = None if bias is None else bias[: self.vocab]
+            logits = nn.functional.linear(hidden, self.module.weight[: self.vocab], bias)
+        else:
+            logits = self.module(hidden)[..., : self.vocab]
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The output embedding's parameters, those of a LoRA adapter on it included."""
+        return self.module.parameters()
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model, also where peft has wrapped it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def logits_width(model: nn.Module) -> int:
+    """How many logits the model gives, padding of the vocabulary included."""
+    head = base_model(model).get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output embedding: only causal language models can be used.")
+    return int(head.weight.shape[0])
+
+
+def output_head(model: nn.Module, vocab: int) -> OutputHead:
+    """The model's head, cut to `vocab` tokens."""
+    base = base_model(model)
+    text = base.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return OutputHead(base.get_output_embeddings(), vocab, scale, getattr(text, "final_logit_softcapping", None))
+
+
+def score(model: nn.Module, batch: Batch, vocab: int) -> Scores:
+    """Scores of the batch's response positions; prompt and padding positions never reach the head."""
+    body = base_model(model).get_decoder()
+    hidden = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+    hidden = hidden.last_hidden_state.flatten(0, 1)[batch.positions]  # [B·T, D] -> [N, D]
+    return Scores(hidden, output_head(model, vocab), vocab)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, name: str) -> None:
+    """Refuses an architecture whose logits are not its last hidden states through its head.
+
+    Args:
+        model: The model, on the device that it will run on.
+        name: What the error calls it.
+
+    Raises:
+        ModelError: If the model's own logits differ from those of `output_head`.
+    """
+    base = base_model(model)
+    device = base.get_output_embeddings().weight.device
+    ids = torch.arange(4, device=device)[None]  # [1, 4], any tokens do
+    was_training = model.training
+    model.eval()
+    expected = base(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    found = output_head(model, expected.shape[-1])(hidden).float()
+    model.train(was_training)
+    if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max().clamp_min(1.0)), rtol=1e-2):
+        raise ModelError(
+            f"{name}: {type(base).__name__} computes its logits in a way that distillkit does not know, "
+            f"they differ by {float((expected - found).abs().max()):.3g}."
+        )

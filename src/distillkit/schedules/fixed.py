@@ -1,0 +1,131 @@
+"""Schedules that depend on the share of training that is done, and on nothing else."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from distillkit.errors import ConfigError
+from distillkit.interfaces import Schedule
+from distillkit.types import Progress, Summary
+
+
+class FixedSchedule(Schedule):
+    """Template: a number given by the share of training that is done."""
+
+    _value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("_value", torch.tensor(self.at(0.0), dtype=torch.float32))
+
+    @abstractmethod
+    def at(self, fraction: float) -> float:
+        """The number when `fraction` in [0, 1] of the optimizer steps is done."""
+
+    @property
+    def value(self) -> Tensor:
+        """The number now: 0-dim."""
+        return self._value
+
+    def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
+        """Moves to `progress`; `metrics` is not read."""
+        self._value.fill_(self.at(progress.fraction))
+
+
+class Constant(FixedSchedule):
+    """A number that does not move.
+
+    Args:
+        constant: The number.
+    """
+
+    def __init__(self, constant: float) -> None:
+        self.constant = constant
+        super().__init__()
+
+    def at(self, fraction: float) -> float:
+        """The constant."""
+        return self.constant
+
+
+class Linear(FixedSchedule):
+    """Straight from `start` to `end` over the first `until` of training, then constant.
+
+    Args:
+        start: Number before the first step.
+        end: Number that is reached.
+        until: Share of the optimizer steps after which `end` is reached, in (0, 1].
+
+    Raises:
+        ConfigError: If `until` is outside (0, 1].
+    """
+
+    def __init__(self, start: float, end: float, until: float = 1.0) -> None:
+        self.start, self.end, self.until = start, end, _checked_until(type(self).__name__, until)
+        super().__init__()
+
+    def at(self, fraction: float) -> float:
+        """`start + (end − start) · fraction / until`, at most `end`."""
+        return self.start + (self.end - self.start) * min(fraction / self.until, 1.0)
+
+
+class Cosine(FixedSchedule):
+    """Along half a cosine from `start` to `end` over the first `until` of training, then constant.
+
+    Args:
+        start: Number before the first step.
+        end: Number that is reached.
+        until: Share of the optimizer steps after which `end` is reached, in (0, 1].
+
+    Raises:
+        ConfigError: If `until` is outside (0, 1].
+    """
+
+    def __init__(self, start: float, end: float, until: float = 1.0) -> None:
+        self.start, self.end, self.until = start, end, _checked_until(type(self).__name__, until)
+        super().__init__()
+
+    def at(self, fraction: float) -> float:
+        """`end + (start − end) · (1 + cos(π · fraction / until)) / 2`."""
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * min(fraction / self.until, 1.0)))
+
+
+class Piecewise(FixedSchedule):
+    """Straight lines between given points; constant before the first and after the last.
+
+    Args:
+        points: Pairs of a share of the optimizer steps in [0, 1] and the number there, in ascending order of the share.
+            Two points of one share are a jump, to the second.
+
+    Raises:
+        ConfigError: If there is no point, or a share is outside [0, 1] or smaller than the one before.
+    """
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        shares = [share for share, _ in points]
+        if not points or shares != sorted(shares) or shares[0] < 0 or shares[-1] > 1:
+            raise ConfigError(
+                f"Piecewise.points needs pairs [share, value] with ascending shares in [0, 1], got {points}."
+            )
+        self.points = tuple((share, value) for share, value in points)
+        super().__init__()
+
+    def at(self, fraction: float) -> float:
+        """The number on the line between the points around `fraction`."""
+        below = [point for point in self.points if point[0] <= fraction]
+        above = [point for point in self.points if point[0] > fraction]
+        if not below:
+            return above[0][1]
+        if not above:
+            return below[-1][1]
+        (left, start), (right, end) = below[-1], above[0]
+        return start + (end - start) * (fraction - left) / (right - left)
+
+
+def _checked_until(name: str, until: float) -> float:
+    if not 0 < until <= 1:
+        raise ConfigError(f"{name}.until must lie in (0, 1], a share of the optimizer steps, got {until}.")
+    return until

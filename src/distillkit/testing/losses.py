@@ -1,0 +1,289 @@
+"""The promises that every loss keeps, as tests: `check_loss` for one loss, `LossContract` for pytest.
+
+Letters: B rows, T tokens, V vocabulary, D hidden width, N response positions.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.data.collate import collate
+from distillkit.interfaces import Loss
+from distillkit.losses import slicing
+from distillkit.losses.token import TokenLoss
+from distillkit.testing.batches import make_rows
+from distillkit.types import Batch, LossOutput, Row, Scores
+
+VOCAB = 9
+# The last tokens are never targets: a loss may ask for a target's log-probability, and they may be excluded.
+TARGETS = VOCAB - 3
+NUM_PROMPTS = 4
+LENGTHS = (3, 1, 0, 2, 4, 1, 2, 3)
+
+
+def check_loss(loss: Loss, exact_gradient: bool = True, writers: Sequence[str] = ("teacher", "student")) -> None:
+    """Checks every promise of `LossContract`, and of `TokenLossContract` for a `TokenLoss`.
+
+    Args:
+        loss: The loss; it is copied, not changed.
+        exact_gradient: False for a loss that stops part of its gradient on purpose.
+        writers: Who writes the rows of each prompt.
+
+    Raises:
+        AssertionError: If a promise is broken; the message says which.
+    """
+    contract = TokenLossContract() if isinstance(loss, TokenLoss) else LossContract()
+    contract.make = lambda: loss  # type: ignore[method-assign]
+    contract.exact_gradient, contract.writers = exact_gradient, tuple(writers)  # type: ignore[misc]
+    for name in dir(contract):
+        if name.startswith("test_"):
+            getattr(contract, name)()
+
+
+class LossContract:
+    """What every `Loss` promises. Subclass it as `Test…`, and write `make`; pytest does the rest.
+
+    Example:
+        ::
+
+            class TestMyLoss(TokenLossContract):
+                def make(self) -> Loss:
+                    return MyLoss(weight=0.5)
+    """
+
+    exact_gradient: ClassVar[bool] = True
+    """False for a loss that stops part of its gradient on purpose."""
+
+    writers: ClassVar[tuple[str, ...]] = ("teacher", "student")
+    """Who writes the rows of each prompt."""
+
+    def make(self) -> Loss:
+        """The loss under test."""
+        raise NotImplementedError("write make(), which returns the loss under test")
+
+    def rows(self, lengths: Sequence[int] = LENGTHS, prompt_seed: int = 0) -> list[Row]:
+        """Rows of four prompts, some without a position, one per prompt and writer.
+
+        Args:
+            lengths: Positions of the rows, as many as are needed.
+            prompt_seed: Seed of everything that is not a response.
+        """
+        num_rows = NUM_PROMPTS * len(self.writers)
+        lengths = [lengths[row % len(lengths)] for row in range(num_rows)]
+        pairs = [row // len(self.writers) for row in range(num_rows)]
+        return make_rows(lengths, self.writers * NUM_PROMPTS, pairs, TARGETS, prompt_seed=prompt_seed)
+
+    def test_units_are_known_without_a_model(self) -> None:
+        """`units(batch)` is what `forward` returns, float64 on the CPU, one number per component."""
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        units, output = loss.units(batch), _compare(loss, *_logits(batch), batch)[0]
+        kind = (units.dtype, units.device.type)
+        _require(kind == (torch.float64, "cpu"), loss, f"units must be float64 on the CPU, got {kind}")
+        _require(torch.equal(units, output.units.cpu()), loss, "units(batch) must equal the units that forward returns")
+        _require(
+            units.shape == output.total.shape and units.dim() <= 1,
+            loss,
+            f"total and units must both be [] or [C], got {list(output.total.shape)} and {list(units.shape)}",
+        )
+
+    def test_sums_over_units_instead_of_taking_a_mean(self) -> None:
+        """Total and units of a batch are those of its two halves, added."""
+        loss, rows = self._loss(), self.rows()
+        batch, half = collate(rows, pad_id=0), len(rows) // 2
+        student, teacher = _logits(batch)
+        parts, start = [], 0
+        for part in (collate(rows[:half], pad_id=0), collate(rows[half:], pad_id=0)):
+            here = slice(start, start := start + part.num_tokens)
+            parts.append(_compare(loss, student[here], teacher[here], part)[0])
+        whole = _compare(loss, student, teacher, batch)[0]
+        said = "a batch must give the sum of its halves: return a sum and a count, never a mean"
+        _require(_close(parts[0].total + parts[1].total, whole.total), loss, said)
+        _require(torch.equal(parts[0].units + parts[1].units, whole.units), loss, f"{said} (units)")
+
+    def test_is_blind_to_positions_outside_of_responses(self) -> None:
+        """Other prompts, prompt lengths and padding change nothing."""
+        loss = self._loss()
+        batch, other = (collate(self.rows(prompt_seed=seed), pad_id=pad) for seed, pad in ((0, 0), (2, 5)))
+        assert torch.equal(batch.targets, other.targets)
+        assert batch.input_ids.shape != other.input_ids.shape
+        outputs, grads = zip(*(_compare(loss, *_logits(each), each) for each in (batch, other)), strict=True)
+        same = _close(outputs[0].total, outputs[1].total) and _close(*grads)
+        _require(same, loss, "prompts and padding must not change the loss")
+
+    def test_has_a_gradient_when_no_position_is_selected(self) -> None:
+        """Without any position the total is 0 with a graph, and every parameter has a gradient of 0."""
+        loss, batch = self._loss(), collate(self.rows(lengths=(0,)), pad_id=0)
+        student, teacher = _model(batch, seed=1), _model(batch, seed=2)
+        output = loss(student, teacher if loss.needs_teacher else None, batch)
+        _require(bool((output.total == 0).all()), loss, f"the total of no position must be 0, got {output.total}")
+        _require_graph(loss, output)
+        output.total.sum().backward()
+        zero = all(own.grad is not None and not own.grad.any() for own in student.head.parameters())
+        _require(zero, loss, "without any position the gradient of each parameter must be 0, not missing or NaN")
+
+    def test_is_finite_on_extreme_logits(self) -> None:
+        """Logits of ±1e4, −130 and −inf on both sides give neither NaN nor infinity, in value and gradient."""
+        batch = collate(self.rows(), pad_id=0)
+        student, teacher = (logits.float() for logits in _logits(batch))
+        student[0::2, 0], teacher[1::3, 1], student[2::3, 2], teacher[0::4, 0] = 1e4, 1e4, -1e4, -1e4
+        for logits in (student, teacher):
+            logits[:, -3], logits[1::2, -2], logits[:, -1] = -130.0, -1e4, -torch.inf
+        loss = copy.deepcopy(self.make()).float()
+        for dtype in (torch.float32, torch.bfloat16):
+            output, grad = _compare(loss, student.to(dtype), teacher.to(dtype), batch)
+            _require(bool(output.total.isfinite().all()), loss, f"extreme logits give {output.total} in {dtype}")
+            _require(bool(grad.isfinite().all()), loss, f"extreme logits give a gradient that is not finite in {dtype}")
+
+    def test_gradient_is_that_of_the_value(self) -> None:
+        """The gradient by the student's logits is that of finite differences, in float64."""
+        if not self.exact_gradient:
+            return
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        student, teacher = _logits(batch)
+        given = Scores.from_logits(teacher) if loss.needs_teacher else None
+
+        def total(logits: Tensor) -> Tensor:
+            value: Tensor = loss(Scores.from_logits(logits), given, batch).total
+            return value
+
+        right = torch.autograd.gradcheck(total, student.requires_grad_(), raise_exception=False)
+        _require(
+            right, loss, "the gradient must be that of the value; set exact_gradient = False if that is on purpose"
+        )
+
+    def test_slices_give_what_the_whole_gives(self) -> None:
+        """However large a slice, values, metrics and the gradient of a tied head are the same."""
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        whole, whole_grad = _compare_models(loss, batch)
+        for num_positions in (1, 3, batch.num_tokens - 1):
+            with _positions_at_once(num_positions):
+                part, grad = _compare_models(loss, batch)
+            said = f"slices of {num_positions} positions must not change the"
+            _require(_close(part.total, whole.total), loss, f"{said} total")
+            _require(_close(grad, whole_grad), loss, f"{said} gradient")
+            _require(
+                all(_close(part.metrics[name], own) for name, own in whole.metrics.items()), loss, f"{said} metrics"
+            )
+
+    def test_metrics_are_detached_scalars_or_vectors(self) -> None:
+        """A metric keeps no graph alive and has at most one dimension."""
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        for name, value in _compare(loss, *_logits(batch), batch)[0].metrics.items():
+            _require(not value.requires_grad, loss, f"the metric {name} must be detached")
+            _require(value.dim() <= 1, loss, f"the metric {name} must be a scalar or a vector, got {list(value.shape)}")
+
+    def test_metric_names_do_not_depend_on_the_batch(self) -> None:
+        """All ranks report the same metrics, also one that has nothing to train on."""
+        loss, names = self._loss(), []
+        for lengths in (LENGTHS, (1,), (0,)):
+            batch = collate(self.rows(lengths), pad_id=0)
+            names.append(tuple(_compare(loss, *_logits(batch), batch)[0].metrics))
+        _require(len(set(names)) == 1, loss, f"the metrics' names must not depend on the batch, got {names}")
+
+    def _loss(self) -> Loss:
+        """The loss in float64; schedules keep their precision."""
+        return copy.deepcopy(self.make()).double()
+
+
+class TokenLossContract(LossContract):
+    """What every `TokenLoss` promises besides: its values are those of a divergence."""
+
+    def make(self) -> TokenLoss:
+        """The loss under test."""
+        raise NotImplementedError("write make(), which returns the loss under test")
+
+    def test_is_zero_when_student_equals_teacher(self) -> None:
+        """Zero at p = q: for plain, peaked and excluded tokens."""
+        loss = self.make()
+        for logp, _ in _log_prob_pairs():
+            value = loss.divergence(logp, logp.clone())
+            _require(value.shape == logp.shape[:1], loss, f"divergence must return [n], got {list(value.shape)}")
+            _require(_close(value, torch.zeros_like(value)), loss, f"it must be 0 at p = q, got {value}")
+
+    def test_is_never_negative(self) -> None:
+        """No position has a negative divergence, however near p and q are."""
+        loss = self.make()
+        for logp, logq in _log_prob_pairs():
+            lowest = loss.divergence(logp, logq).min()
+            _require(bool(lowest >= -1e-12), loss, f"it must not be negative, got {lowest}")
+
+    def test_does_not_depend_on_the_order_of_the_vocabulary(self) -> None:
+        """A permutation of the tokens permutes the gradient and leaves the value."""
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        student, teacher = _logits(batch)
+        order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))
+        output, grad = _compare(loss, student, teacher, batch)
+        permuted, permuted_grad = _compare(loss, student[:, order], teacher[:, order], batch)
+        same = _close(output.total, permuted.total) and _close(grad[:, order], permuted_grad)
+        _require(same, loss, "a permutation of the vocabulary must not change it")
+
+
+def _require(kept: bool, loss: Loss, promise: str) -> None:
+    if not kept:
+        raise AssertionError(f"{type(loss).__name__} breaks its contract: {promise}.")
+
+
+def _require_graph(loss: Loss, output: LossOutput) -> None:
+    _require(output.total.requires_grad, loss, "the total must keep its graph, also when no position is selected")
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-10, atol=1e-12)
+
+
+def _logits(batch: Batch) -> tuple[Tensor, Tensor]:
+    """`[N, V]` float64 logits of a student and of a teacher; the same for every batch of N positions."""
+    shape, generator = (batch.num_tokens, VOCAB), torch.Generator().manual_seed(7)
+    student, teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student, teacher
+
+
+def _compare(loss: Loss, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[LossOutput, Tensor]:
+    """What the loss says about `[N, V]` logits, and its gradient by the student's."""
+    leaf = student.detach().clone().requires_grad_()
+    given = Scores.from_logits(teacher) if loss.needs_teacher else None
+    output: LossOutput = loss(Scores.from_logits(leaf), given, batch)
+    _require_graph(loss, output)
+    return output, torch.autograd.grad(output.total.sum(), leaf)[0]
+
+
+def _model(batch: Batch, seed: int) -> Scores:
+    """Scores by a model of one weight `[V, D]`, both embedding and head, as small models tie them."""
+    head = nn.Linear(5, VOCAB, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(VOCAB, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    hidden = torch.tanh(head.weight[batch.input_ids]).flatten(0, 1)  # [B·T, D]
+    return Scores(hidden[batch.positions], head, VOCAB)
+
+
+def _compare_models(loss: Loss, batch: Batch) -> tuple[LossOutput, Tensor]:
+    """What the loss says about two tied models, and its gradient by the student's weight."""
+    student, teacher = _model(batch, seed=1), _model(batch, seed=2)
+    output: LossOutput = loss(student, teacher if loss.needs_teacher else None, batch)
+    return output, torch.autograd.grad(output.total.sum(), list(student.head.parameters()))[0]
+
+
+@contextlib.contextmanager
+def _positions_at_once(number: int) -> Iterator[None]:
+    """Makes slices of `number` positions."""
+    kept = slicing.SLICE_BYTES
+    slicing.SLICE_BYTES = 4 * VOCAB * number
+    try:
+        yield
+    finally:
+        slicing.SLICE_BYTES = kept
+
+
+def _log_prob_pairs() -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of `[n, V]` float64 log-probabilities: plain, peaked, nearly equal, with excluded tokens."""
+    generator = torch.Generator().manual_seed(11)
+    p, q, noise = (torch.randn(16, VOCAB, generator=generator, dtype=torch.float64) for _ in range(3))
+    excluded = torch.zeros(16, VOCAB, dtype=torch.bool)
+    excluded[:, -1] = True
+    for logits in ((p, q), (30 * p, 30 * q), (p, p + 1e-4 * noise), (p.masked_fill(excluded, -torch.inf),) * 2):
+        yield logits[0].log_softmax(-1), logits[1].log_softmax(-1)
+    yield tuple(logits.masked_fill(excluded, -torch.inf).log_softmax(-1) for logits in (p, q))  # type: ignore[misc]

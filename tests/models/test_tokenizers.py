@@ -1,0 +1,85 @@
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from distillkit.errors import ModelError
+from distillkit.models.tokenizers import eos_ids, load_tokenizer, require_same
+from tiny import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
+
+
+def renamed(tokenizer, old, new):
+    """The same tokenizer, but with another string for one token, which no merge may name."""
+    text = tokenizer.backend_tokenizer.to_str().replace(f'"{old}"', f'"{new}"')
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token=END)
+
+
+def test_a_saved_tokenizer_comes_back(tmp_path):
+    tokenizer, expected = load_tokenizer(str(save_tiny(tmp_path))), tiny_tokenizer()
+    messages = [{"role": "user", "content": "What is the sea? ü €"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>user\nWhat is the sea? ü €<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer(text)["input_ids"][0] == START_ID
+
+
+def test_without_a_pad_token_the_end_token_pads(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    save_tiny(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == END_ID
+
+
+def test_without_an_end_token_it_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    save_tiny(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no end token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{tmp_path}: .*tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_tokenizers_pass():
+    require_same(tiny_tokenizer(), tiny_tokenizer(), "small", "large")
+
+
+def test_the_first_differing_token_is_named():
+    other = renamed(tiny_tokenizer(), "~", "ÿÿ")
+    number = tiny_tokenizer().get_vocab()["~"]
+    said = rf"Student s and teacher t .*id {number} is '~' .* and 'ÿÿ' .*cross-tokenizer"
+    with pytest.raises(ModelError, match=said):
+        require_same(tiny_tokenizer(), other, "s", "t")
+
+
+def test_a_longer_vocabulary_is_another_tokenizer():
+    with pytest.raises(ModelError, match=r"id 320 is no token for the student and '.*' for the teacher"):
+        require_same(tiny_tokenizer(320), tiny_tokenizer(330), "s", "t")
+
+
+def test_end_ids_are_those_of_tokenizer_and_generation_config(tmp_path):
+    model = tiny_model()
+    model.generation_config.eos_token_id = [7, 5]
+    assert eos_ids(tiny_tokenizer(), model) == (END_ID, 5, 7)
+    model.save_pretrained(tmp_path)
+    assert eos_ids(tiny_tokenizer(), str(tmp_path)) == (END_ID, 5, 7)
+
+
+def test_without_a_generation_config_the_config_counts(tmp_path):
+    save_tiny(tmp_path, eos_token_id=9)
+    (tmp_path / "generation_config.json").unlink()
+    assert eos_ids(tiny_tokenizer(), str(tmp_path)) == (END_ID, 9)
+
+
+def test_no_end_id_at_all_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="has an end token"):
+        eos_ids(tokenizer, tiny_model(eos_token_id=None))
