@@ -12,6 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+from packages import install, write_package
 
 from distillkit import registry
 from distillkit.errors import PluginError
@@ -76,29 +77,13 @@ PACKAGES = {
 }
 
 
-def write_package(folder, release, losses, files):
-    name, version = release.split()
-    for path, source in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(textwrap.dedent(source))
-    lines = [
-        "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'",
-        f"[project]\nname = '{name}'\nversion = '{version}'",
-        "[project.entry-points.'distillkit.losses']",
-    ]
-    (folder / "pyproject.toml").write_text("\n".join([*lines, *losses, ""]))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder with all of PACKAGES installed."""
     sources = tmp_path_factory.mktemp("sources")
     target = tmp_path_factory.mktemp("site")
     folders = [write_package(sources / release, release, *package) for release, package in PACKAGES.items()]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--target", target, *folders], check=True)
-    return target
+    return install(folders, target)
 
 
 @pytest.fixture

@@ -149,6 +149,8 @@ def log_mixture(first: Tensor, second: Tensor, share: float | Tensor) -> Tensor:
     Returns:
         `[N, V]` log-probabilities; -inf where neither side has mass.
     """
+    log_share: float | Tensor
+    log_rest: float | Tensor
     if isinstance(share, Tensor):
         share = share.detach().to(first.dtype).unsqueeze(-1)  # [N, 1]
         log_share, log_rest = share.log(), torch.log1p(-share)

@@ -44,7 +44,7 @@ class Schedule(nn.Module, ABC):
     def _apply(self, fn: Any, recurse: bool = True) -> "Schedule":
         # A run in bf16 casts every float buffer of the module: schedules move with it, and keep their precision.
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             moved = self._buffers[name]
             assert moved is not None
@@ -102,7 +102,7 @@ class Generator(ABC):
 class Curator(nn.Module, ABC):
     """Turns prompts into rows with responses, each marked with its writer."""
 
-    needs_reference: ClassVar[bool] = False
+    needs_reference: bool = False
     """True if every prompt must come with a response of its own."""
 
     @property

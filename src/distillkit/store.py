@@ -130,13 +130,12 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even UTF-8
         raise StoreError(f"{path} is not valid JSON ({error}): restore it or remove the store.") from error
-    if manifest.get("schema") != SCHEMA_VERSION:
-        raise StoreError(
-            f"{path} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}: use another store folder."
-        )
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise StoreError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use another store folder.")
     shards: list[dict[str, Any]] = manifest["shards"]
     return shards
 

@@ -7,7 +7,7 @@ p is the teacher and q the student, everywhere.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -181,8 +181,13 @@ class Batch:
 class Head(Protocol):
     """Turns hidden states `[n, D]` into logits `[n, V]`."""
 
-    def __call__(self, hidden: Tensor, /) -> Tensor: ...
-    def parameters(self) -> Iterable[Tensor]: ...
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """Logits `[n, V]` of hidden states `[n, D]`."""
+        ...
+
+    def parameters(self) -> Iterable[Tensor]:
+        """What a gradient of the logits may be taken by, besides the hidden states."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,7 @@ class LogitsHead:
     """The head of scores that hold logits already: it changes nothing and has no parameters."""
 
     def __call__(self, hidden: Tensor, /) -> Tensor:
+        """`hidden` itself."""
         return hidden
 
     def parameters(self) -> tuple[Tensor, ...]:
@@ -239,7 +245,8 @@ class LossOutput:
 
     Args:
         total: `[]` or `[C]` nats summed over units, one number per component.
-        units: `[]` or `[C]` float64 number of units of each component; the mean divides by it once, over the global batch.
+        units: `[]` or `[C]` float64 number of units of each component; the mean divides by it once, over the global
+            batch.
         metrics: Detached values, a scalar or one per row or position. Their names don't depend on the batch.
     """
 
@@ -248,7 +255,8 @@ class LossOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True)
+class Summary:
     """A metric over one optimizer step and all ranks: 0-dim tensors."""
 
     mean: Tensor

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from packages import install, write_package
 
 from distillkit.cli import plugins
 from distillkit.errors import PluginError
@@ -15,17 +16,9 @@ SUMMARY = "One line that is long enough to be wider than a narrow terminal by fa
 CLASS = f'class {{name}}:\n    """{SUMMARY.strip()}\n\n    Second.\n    """\n'
 
 
-def write_package(folder, module, version, name):
-    folder.mkdir()
-    (folder / f"{module}.py").write_text('raise RuntimeError("imported")\n' + CLASS.format(name=name))
-    lines = [
-        "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'",
-        f"[project]\nname = '{module.replace('_', '-')}'\nversion = '{version}'",
-        f"[tool.setuptools]\npy-modules = ['{module}']",
-        f"[project.entry-points.'distillkit.losses']\n{name} = '{module}:{name}'",
-    ]
-    (folder / "pyproject.toml").write_text("\n".join([*lines, ""]))
-    return folder
+def lone_module(folder, module, version, name):
+    files = {f"{module}.py": 'raise RuntimeError("imported")\n' + CLASS.format(name=name)}
+    return write_package(folder, f"{module.replace('_', '-')} {version}", [f"{name} = '{module}:{name}'"], files)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +26,11 @@ def site(tmp_path_factory):
     sources = tmp_path_factory.mktemp("sources")
     target = tmp_path_factory.mktemp("site")
     folders = [
-        write_package(sources / "lone", "lone_part", "1.0", "Lone"),
-        write_package(sources / "first", "first_twin", "1.5", "Twin"),
-        write_package(sources / "second", "second_twin", "2.5", "Twin"),
+        lone_module(sources / "lone", "lone_part", "1.0", "Lone"),
+        lone_module(sources / "first", "first_twin", "1.5", "Twin"),
+        lone_module(sources / "second", "second_twin", "2.5", "Twin"),
     ]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--target", target, *folders], check=True)
-    return target
+    return install(folders, target)
 
 
 @pytest.fixture

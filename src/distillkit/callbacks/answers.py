@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
 from distillkit.errors import ConfigError
@@ -38,6 +38,6 @@ class Answers(Callback):
         table = Table("prompt", "reference", "student", title=title, title_justify="left", show_lines=True)
         for row in rows[: self.shown]:
             table.add_row(row.prompt, row.reference, row.student)
-        Console().print(table if self.shown else title)
+        get_console().print(table if self.shown else title)
 
     on_test_end = on_validation_end

@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from distillkit.types import Sampling
+
+_NOT_SETTINGS = ("training", "needs_reference", "needs_teacher")
 _NAMES = {
     "val/kl": "KL(teacher‖student), nats per token",
     "val/nll": "student's NLL of the reference responses, nats per token",
@@ -54,7 +57,7 @@ def _described(part: nn.Module) -> str:
     """The part with its numbers and the parts in it."""
     plain = {
         name: value for name, value in vars(part).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, int | float | str)
+        if not name.startswith("_") and name not in _NOT_SETTINGS and isinstance(value, int | float | str | Sampling)
     }  # fmt: skip
     arguments = [f"{name}={value}" for name, value in plain.items()]
     arguments += [f"{name}={_described(child)}" for name, child in part.named_children()]

@@ -19,9 +19,34 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(
             filename="{step:07d}", auto_insert_metric_name=True, save_last="link", monitor=monitor, mode="max",
             save_top_k=keep, every_n_train_steps=every_n_steps, save_on_train_epoch_end=every_n_steps is None or None,
+            # A run killed after its first checkpoint would otherwise begin a second `last` beside the first.
+            enable_version_counter=False,
         )  # fmt: skip
+        self._every_n_steps = every_n_steps
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the folder into the run's."""
-        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        self.dirpath = str(_folder(trainer))
         super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        """Writes one if it is due; that of an epoch's last step waits for validation, whose figures it then has."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *rest)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes one if it is due."""
+        if self._every_n_steps is None:
+            super().on_train_epoch_end(trainer, pl_module)
+        elif trainer.global_step % self._every_n_steps == 0 and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        # Lightning asks before `setup`, and would look for `last`, a link that a kill may leave pointing nowhere.
+        return {str(path) for path in _folder(trainer).glob("*.ckpt") if path.exists()}
+
+
+def _folder(trainer: Any) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"

@@ -8,6 +8,7 @@ from lightning import Callback
 
 from distillkit.callbacks.card import model_card
 from distillkit.callbacks.curves import draw, read_metrics
+from distillkit.models.checkpoint import quiet
 from distillkit.models.loading import merge_lora
 from distillkit.models.scoring import base_model
 
@@ -35,8 +36,9 @@ class Export(Callback):
         folder = Path(self.folder) if self.folder else root / "export"
         folder.mkdir(parents=True, exist_ok=True)
         model = base_model(merge_lora(pl_module.student))
-        model.save_pretrained(folder)
-        pl_module.tokenizer.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
+            pl_module.tokenizer.save_pretrained(folder)
         card = model_card(pl_module, trainer)
         (folder / "README.md").write_text(card)
         name = f"{type(pl_module.loss).__name__}: {root.name}"

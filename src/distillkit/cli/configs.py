@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from distillkit import registry
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, PluginError
 
 Config = dict[str, Any]
 
@@ -77,7 +77,14 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def named_parts(config: Config, arguments: list[str]) -> dict[str, type]:
+PART_KEYS = {
+    "loss": "loss", "losses": "loss", "curator": "curator", "chosen": "curator", "rejected": "curator",
+    "generator": "generator", "teacher": "teacher", "alpha": "schedule", "beta": "schedule", "verifier": "verifier",
+}  # fmt: skip
+"""Keys of the built-in parts that take a part, and its kind."""
+
+
+def named_parts(config: Config, arguments: list[str]) -> list[type]:
     """Imports the installed parts that a configuration or the command line names, so that short names are found.
 
     Args:
@@ -85,28 +92,60 @@ def named_parts(config: Config, arguments: list[str]) -> dict[str, type]:
         arguments: The other command-line arguments.
 
     Returns:
-        The classes by name.
+        The classes.
 
     Raises:
-        PluginError: If a part of one of these names can't be imported, or two parts share it.
+        PluginError: If no part of a name is installed, two parts share it, or it can't be imported.
     """
     installed = {entry.name: entry.kind for entry in registry.entries()}
-    candidates = {value for key, value in _strings(config) if key == "class_path" or key in _PART_KEYS}
-    candidates |= {word for argument in arguments for word in re.split("[=\\s]", argument)}
-    return {name: registry.get(installed[name], name) for name in sorted(candidates & installed.keys())}
+    found: dict[str, type] = {}
+    for path, name in (*_names(config), *_argument_names(arguments)):
+        key = re.sub(r"(\.class_path|\[\d+\])+$", "", path).rpartition(".")[2]
+        kind = installed.get(name) or PART_KEYS.get(key)
+        if not name.isidentifier() or kind is None or name in found:
+            continue
+        try:
+            found[name] = registry.get(kind, name)
+        except PluginError as error:
+            raise PluginError(f"{path.removesuffix('.class_path')}: {error}") from error.__cause__
+    return list(found.values())
 
 
-_PART_KEYS = frozenset(
-    ("loss", "losses", "curator", "chosen", "rejected", "generator", "teacher", "alpha", "beta", "schedule", "verifier")
-)
-
-
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _names(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every string below `value` that may name a part, with where it stands."""
     if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _strings(inner, str(name))
+        for key, inner in value.items():
+            here = path if key == "init_args" else f"{path}.{key}".lstrip(".")
+            if isinstance(inner, str):
+                if key == "class_path" or key in PART_KEYS:
+                    yield here, inner
+            else:
+                yield from _names(inner, here)
     elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner, key)
-    elif isinstance(value, str):
-        yield key, value
+        for place, inner in enumerate(value):
+            yield from ([(f"{path}[{place}]", inner)] if isinstance(inner, str) else _names(inner, f"{path}[{place}]"))
+
+
+def _argument_names(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """As `_names`, for `--key value` and `--key=value`."""
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            key, given, value = argument[2:].partition("=")
+            value = value if given else "".join(arguments[place + 1 : place + 2])
+            if key.endswith("class_path") or key.rpartition(".")[2] in PART_KEYS:
+                yield key.replace(".init_args", ""), value
+
+
+def path_of(config: Any, key: str, above: str = "") -> str:
+    """Where `key` stands in a configuration, as users write it (`model.loss.alpha`); empty if it does not."""
+    if isinstance(config, Mapping):
+        for name, inner in config.items():
+            here = above if name in ("init_args", "class_path") else f"{above}.{name}".lstrip(".")
+            if name == key:
+                return here
+            found = path_of(inner, key, here)
+            if found:
+                return found
+    if isinstance(config, list):
+        return next((found for place, inner in enumerate(config) if (found := path_of(inner, key, f"{above}[{place}]"))), "")
+    return ""

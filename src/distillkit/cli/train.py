@@ -1,24 +1,28 @@
 """The verbs `fit`, `validate` and `test`, on LightningCLI."""
 
-import difflib
 import logging
-import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.logging import RichHandler
 
 import distillkit.callbacks  # its classes are found by their short names
-from distillkit import registry
 from distillkit.cli import configs
+from distillkit.cli.explain import Command, explain
 from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError
+from distillkit.models.student import Student
 from distillkit.module import DistillModule
+
+
+_command = Command()  # what this process was asked for: jsonargparse's messages don't say where a fault is
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -27,11 +31,13 @@ def run(verb: str, arguments: list[str]) -> int:
     Raises:
         ConfigError: If a config file or argument is wrong; no model has been loaded then.
     """
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")  # Lightning's own, about torch's pytree
     files, rest = configs.split_arguments(arguments)
     merged: configs.Config = {}
     for file in files:
         merged = configs.merge(merged, configs.load(file))
-    configs.named_parts(merged, rest)
+    _command.config, _command.arguments = merged, rest
+    _command.classes = [*configs.named_parts(merged, rest), DistillModule, DistillData, Student, Trainer]
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "merged.yaml"
         resolved.write_text(yaml.safe_dump(merged, sort_keys=False))
@@ -41,8 +47,8 @@ def run(verb: str, arguments: list[str]) -> int:
             args=[verb, *([f"--config={resolved}"] if files else []), *rest],
             parser_class=Parser,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": -1, "default_root_dir": "runs/default", "log_every_n_steps": 10},
             parser_kwargs={"allow_abbrev": False},
@@ -55,18 +61,21 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing the usage and leaving."""
-        raise ConfigError(explain(message, self)) from None
+        raise ConfigError(explain(message, _command)) from None
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration beside the run."""
 
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Writes `config.yaml` into the run's folder when training starts."""
-        if stage == "fit":
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing yet: a run that is refused must not leave a folder that looks like a run."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Writes `config.yaml` into the run's folder."""
+        if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
 
 
 class DistillCLI(LightningCLI):
@@ -88,12 +97,14 @@ class DistillCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses to write into another run's folder, and sets up the log on the terminal."""
+        is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
         handler = RichHandler(show_path=False, show_level=False, log_time_format="[%X]")
         log = logging.getLogger("distillkit")
         log.handlers, log.propagate = [handler], False
-        log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+        log.setLevel(logging.INFO if is_first_rank else logging.WARNING)
         root, resuming = Path(self._get(self.config, "trainer").default_root_dir), self._get(self.config, "ckpt_path")
-        if self.subcommand == "fit" and rank_zero_only.rank == 0 and not resuming and (root / "config.yaml").exists():
+        if self.subcommand == "fit" and is_first_rank and not resuming and (root / "config.yaml").exists():
             raise ConfigError(
                 f"The run folder {root} holds a run already: go on with it by --ckpt_path last, "
                 "or name another by --trainer.default_root_dir."
@@ -104,22 +115,5 @@ class DistillCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger in (None, True):
             root = trainer.default_root_dir
-            kwargs["logger"] = [CSVLogger(root, name="csv"), TensorBoardLogger(root, name="tensorboard")]
+            kwargs["logger"] = [CSVLogger(root, name="csv", flush_logs_every_n_steps=1), TensorBoardLogger(root, name="tensorboard")]
         return super().instantiate_trainer(**kwargs)
-
-
-def explain(message: str, parser: Any) -> str:
-    """One line of jsonargparse's message, with what may have been meant."""
-    text = " ".join(message.split())
-    text = re.sub(r"tmp\S*merged\.yaml", "config", text)
-    words = re.findall(r"[A-Za-z_][A-Za-z_0-9.]*", text)
-    known = {entry.name for entry in registry.entries()} | {name for name in vars(distillkit.callbacks) if name[0].isupper()}
-    keys = {action.dest for action in parser._actions}
-    for word in words:
-        pool = known if word[0].isupper() else keys
-        near = [] if word in pool else difflib.get_close_matches(word, sorted(pool), n=1, cutoff=0.75)
-        if near and not hasattr(__builtins__, word):
-            return f"{text} Did you mean {near[0]}?"
-    return text
-
-

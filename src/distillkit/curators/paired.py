@@ -21,8 +21,9 @@ class PairedCurator(Curator):
 
     def __init__(self, chosen: Curator | None = None, rejected: Curator | None = None) -> None:
         super().__init__()
-        self.chosen = chosen or TeacherCurator()
-        self.rejected = rejected or StudentCurator()
+        self.chosen = TeacherCurator() if chosen is None else chosen
+        self.rejected = StudentCurator() if rejected is None else rejected
+        self.needs_reference = self.chosen.needs_reference or self.rejected.needs_reference
         moving = {part.rounds for part in (self.chosen, self.rejected)} - {"once"}
         if len(moving) > 1:
             raise ConfigError(

@@ -21,4 +21,6 @@ def parse_rounds(name: str, rounds: Rounds) -> str | int:
         return 1
     if isinstance(rounds, dict) and rounds.keys() == {"every"} and rounds["every"] >= 1:
         return rounds["every"]
-    raise ConfigError(f"{name}.rounds must be once, epoch, step or {{every: n}} with n optimizer steps, got {rounds!r}.")
+    raise ConfigError(
+        f"{name}.rounds must be once, epoch, step or {{every: n}} with n optimizer steps, got {rounds!r}."
+    )

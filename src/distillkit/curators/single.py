@@ -12,7 +12,7 @@ from distillkit.types import Prompts, Row, Sampling
 class DatasetCurator(Curator):
     """The response that came with the prompt; in a conversation, every turn that an assistant wrote."""
 
-    needs_reference: ClassVar[bool] = True
+    needs_reference = True
 
     @property
     def rounds(self) -> str | int:
@@ -88,7 +88,8 @@ class TeacherCurator(SampledCurator):
     """A sample of the teacher.
 
     Args:
-        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with DistiLLM-2.
+        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with
+            DistiLLM-2.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
 
     Raises:
@@ -105,7 +106,8 @@ class StudentCurator(SampledCurator):
     """A sample of the student as it is when the round starts.
 
     Args:
-        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with DistiLLM-2.
+        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with
+            DistiLLM-2.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
 
     Raises:

@@ -39,6 +39,14 @@ class EncodeReport:
     overlong: int
     unended: int
 
+    def __str__(self) -> str:
+        notes = {
+            "left out as duplicates": self.duplicates,
+            "left out as longer than data.max_length": self.overlong,
+            "responses without an end of turn, from which nobody learns to stop": self.unended,
+        }
+        return "; ".join([f"{self.kept} prompts", *(f"{count} {what}" for what, count in notes.items() if count)])
+
 
 def require_chat_template(tokenizer: Any, chat: bool) -> None:
     """Refuses chat prompts for a tokenizer without a chat template.

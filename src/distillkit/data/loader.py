@@ -13,9 +13,9 @@ from distillkit.types import Batch, Curate, Prompts, Row
 class RoundLoader:
     """An epoch's micro-batches for one rank; a sized iterable with state, as a Lightning data loader may be.
 
-    The order of the prompts depends on the seed and the epoch alone. At the start of each round its prompts are curated;
-    the first micro-batch of each optimizer step carries the others of the step along, so that units can be counted
-    before a gradient is taken.
+    The order of the prompts depends on the seed and the epoch alone. At the start of each round its prompts are
+    curated; the first micro-batch of each optimizer step carries the others of the step along, so that units can be
+    counted before a gradient is taken.
 
     Args:
         prompts: All prompts of the run.
@@ -62,10 +62,11 @@ class RoundLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on where the saved one stood."""
-        self._resume_at = state["done"]
+        self._done = self._resume_at = state["done"]
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, steps = self.epoch(), self._steps(self.epoch())
+        epoch = self.epoch()
+        steps = self._steps(epoch)
         self._done, self._resume_at = self._resume_at % max(len(self), 1), 0
         length = self.rounds if isinstance(self.rounds, int) else len(steps)
         rows: dict[str, list[Row]] = {}
@@ -103,7 +104,8 @@ class RoundLoader:
         return rows
 
     def _batch(self, places: Sequence[int], rows: dict[str, list[Row]]) -> Batch:
-        return collate(rank_rows([rows[self.prompts[place].id] for place in places], self.rank, self.world), self.pad_id)
+        groups = [rows[self.prompts[place].id] for place in places]
+        return collate(rank_rows(groups, self.rank, self.world), self.pad_id)
 
 
 class FixedLoader:

@@ -1,7 +1,7 @@
 """The data module: prompts for training, validation and test."""
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 from lightning import LightningDataModule
 
@@ -51,7 +51,8 @@ class DistillData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("max_length", max_length)):
+        numbers = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ConfigError(f"DistillData.{name} must be at least 1, got {number}.")
         self.sources = {"train": train, "val": val, "test": test if test is not None else val}
@@ -72,14 +73,23 @@ class DistillData(LightningDataModule):
         """Tokenises the prompts with the student's tokenizer.
 
         Raises:
-            DataError: If a prompt is malformed or too long, or lacks the response that the curator needs.
+            DataError: If a prompt is malformed or too long, or lacks the response that the curator needs, or there are
+                no prompts for what is asked.
             ModelError: If the chat template is missing.
         """
         self._read()
-        module = self._module()
+        wanted = {"validate": "val", "test": "test"}.get(stage, "train")
+        if wanted not in self._records:
+            raise DataError(f"There are no prompts to {stage} with: set data.{wanted}.")
+        module, trainer = self._module(), self.trainer
+        if wanted == "train" and "val" not in self._records and trainer is not None:
+            trainer.limit_val_batches = 0  # Lightning warns of an empty loader
         require_chat_template(module.tokenizer, self.chat)
         ends = eos_ids(module.tokenizer, None)
+        used = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for name, records in self._records.items():
+            if name not in used or name in self.prompts:
+                continue
             needs_reference = module.curator.needs_reference if name == "train" else module.teacher is None
             if needs_reference:
                 _require_responses(records, "the curator" if name == "train" else "validation without a teacher")
@@ -88,6 +98,8 @@ class DistillData(LightningDataModule):
                 max_length=self.max_length, overlong=self.overlong,
             )  # fmt: skip
             _log.info("%s: %s", name, report)
+            if not prompts:
+                raise DataError(f"Every {name} prompt is longer than `data.max_length: {self.max_length}`: raise it.")
             self.prompts[name] = Prompts(tuple(prompts))
 
     def train_dataloader(self) -> RoundLoader:
@@ -95,8 +107,8 @@ class DistillData(LightningDataModule):
         module, trainer = self._module(), self.trainer
         assert trainer is not None
         return RoundLoader(
-            self.prompts["train"], module.prepare_curation, module.curate, module.tokenizer.pad_token_id, self.batch_size,
-            trainer.accumulate_grad_batches, module.curator.rounds, lambda: trainer.current_epoch,
+            self.prompts["train"], module.prepare_curation, module.curate, module.tokenizer.pad_token_id,
+            self.batch_size, trainer.accumulate_grad_batches, module.curator.rounds, lambda: trainer.current_epoch,
             self.shuffle, self.seed, trainer.global_rank, trainer.world_size,
         )  # fmt: skip
 
@@ -123,7 +135,7 @@ class DistillData(LightningDataModule):
         if not self._records:
             self._records = {name: _as_source(s).records() for name, s in self.sources.items() if s is not None}
 
-    def _module(self):  # noqa: ANN202  the module is above this layer: what is used of it is duck-typed
+    def _module(self) -> Any:  # it is above this layer: what is used of it is duck-typed
         assert self.trainer is not None
         return self.trainer.lightning_module
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.text.rouge import ROUGEScore
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.text.rouge import rouge_score
 
 from distillkit import divergences
 from distillkit.interfaces import Generator
@@ -34,14 +34,14 @@ class HeldOut(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kl, self.nll, self.acceptance = MeanMetric(), MeanMetric(), MeanMetric()
-        self.rouge = ROUGEScore(rouge_keys="rougeL")
+        self.kl, self.nll, self.acceptance, self.rouge = (_mean() for _ in range(4))
         self.table: list[Answer] = []
 
     @torch.no_grad()
     def update(self, student: Scores, teacher: Scores | None, batch: Batch) -> None:
         """Counts in the positions of a batch."""
-        for part in slices(student.hidden.shape[0], student.vocab):
+        # A rank without positions takes part in the reduction, so it counts in none.
+        for part in slices(student.hidden.shape[0], student.vocab) or [slice(0, 0)]:
             logq = student.log_probs(part)
             self.nll.update(-logq.gather(-1, batch.targets[part, None]).double())
             if teacher is not None:
@@ -56,12 +56,12 @@ class HeldOut(nn.Module):
             Answer(str(prompt.messages[-1]["content"]), reference, response.text)
             for prompt, reference, response in zip(prompts, references, answers, strict=True)
         ]
-        if self.table:
-            self.rouge.update([row.student for row in self.table], [row.reference for row in self.table])
+        scores = [rouge_score(row.student, row.reference, rouge_keys="rougeL")["rougeL_fmeasure"] for row in self.table]
+        self.rouge.update(torch.tensor(scores, dtype=torch.float64, device=self.rouge.device))
 
     def compute(self) -> dict[str, Tensor]:
         """The figures over all ranks, and starts anew."""
-        figures = {"nll": self.nll.compute(), "rouge_l": 100.0 * self.rouge.compute()["rougeL_fmeasure"]}
+        figures = {"nll": self.nll.compute(), "rouge_l": 100.0 * self.rouge.compute()}
         if self.kl.update_called:
             figures |= {"kl": self.kl.compute(), "acceptance": self.acceptance.compute()}
         self.reset()
@@ -71,3 +71,8 @@ class HeldOut(nn.Module):
         """Starts anew."""
         for metric in (self.kl, self.nll, self.acceptance, self.rouge):
             metric.reset()
+
+
+def _mean() -> Metric:
+    # A NaN has to show, and ranks that hold different numbers of values have to agree with one that holds them all.
+    return MeanMetric(nan_strategy="disable").set_dtype(torch.float64)

@@ -51,9 +51,7 @@ class StepMeter:
             dist.all_reduce(pairs, dist.ReduceOp.SUM)
             dist.all_reduce(ends, dist.ReduceOp.MIN)
         means = pairs[:, 0] / pairs[:, 1].clamp_min(1.0)
-        return {
-            name: Summary(means[row], ends[row, 0], -ends[row, 1], pairs[row, 1]) for row, name in enumerate(names)
-        }
+        return {name: Summary(means[row], ends[row, 0], -ends[row, 1], pairs[row, 1]) for row, name in enumerate(names)}
 
 
 def flatten(summaries: Mapping[str, Summary], prefix: str) -> dict[str, Tensor]:

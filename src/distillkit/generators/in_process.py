@@ -4,8 +4,7 @@ Letters: R rows that are still being written, T tokens so far, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from distillkit.errors import ConfigError
 from distillkit.generators.progress import token_bar
 from distillkit.generators.sampling import draw
 from distillkit.interfaces import Generator
-from distillkit.models.scoring import base_model, output_head
+from distillkit.models.scoring import base_model, evaluating, output_head
 from distillkit.models.tokenizers import eos_ids
 from distillkit.types import Prompt, Prompts, Response, Sampling
 
@@ -70,7 +69,7 @@ class TransformersGenerator(Generator):
         """One response per prompt, in their order."""
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].input_ids))
         found: dict[int, Response] = {}
-        with _evaluating(self._model), token_bar("generate", len(prompts), self.progress) as advance:
+        with evaluating(self._model), token_bar("generate", len(prompts), self.progress) as advance:
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
                 seeds = [sampling.seed_of(prompts.round, prompts[place].id) for place in places]
@@ -129,15 +128,3 @@ def _left_padded(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
     return tokens, mask
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each submodule's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -33,25 +33,21 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     before = probs.cumsum(-1) - probs
     # A token is kept if the mass before it does not reach top_p: the first one always is. Top-k comes first: top-p is
     # a share of what it leaves.
-    kept = probs.masked_fill(before >= sampling.top_p * _mass(logits, probs, limit), 0.0)
+    mass = probs.sum(-1, keepdim=True) if limit < logits.shape[-1] else 1.0
+    kept = probs.masked_fill(before >= sampling.top_p * mass, 0.0)
     return tokens.gather(-1, _invert(kept, uniform)[:, None]).squeeze(-1)
 
 
 def _likeliest(logits: Tensor, top_p: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Probabilities of the likeliest tokens, descending, and the tokens: enough of them to reach `top_p`."""
+    """Probabilities of the likeliest tokens, descending, and the tokens: `limit` of them, or enough for `top_p`."""
+    vocab = logits.shape[-1]
     log_total = logits.logsumexp(-1, keepdim=True)
-    for size in (*_HEADS, logits.shape[-1]):
-        size = min(size, limit, logits.shape[-1])
-        values, tokens = logits.topk(size, dim=-1)
+    for size in (limit,) if limit < vocab else (*_HEADS, vocab):
+        values, tokens = logits.topk(min(size, vocab), dim=-1)
         probs = (values - log_total).exp()
-        if size == min(limit, logits.shape[-1]) or bool((probs.sum(-1) >= top_p).all()):
+        if bool((probs.sum(-1) >= top_p).all()):
             break
     return probs, tokens
-
-
-def _mass(logits: Tensor, probs: Tensor, limit: int) -> Tensor:
-    """`[R, 1]` mass that top-p is a share of: that of the top `limit`, 1 if there is none."""
-    return probs[:, :limit].sum(-1, keepdim=True) if limit < logits.shape[-1] else torch.ones_like(probs[:, :1])
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from distillkit.errors import StoreError
+from distillkit.generators.progress import token_bar
 from distillkit.interfaces import Generator
 from distillkit.store import Provenance, ResponseStore
 from distillkit.types import Prompts, Response, Sampling
@@ -75,11 +76,12 @@ class StoredGenerator(Generator):
         """
         provenance = Provenance(self.writer, self.fingerprint(prompts.round), sampling, prompts.round)
         known = self.store.read(provenance)
+        self.ranks.barrier()  # none writes before all have looked: they must agree on whether anything is missing
         if any(prompt.id not in known for prompt in prompts):
             if self.current() != provenance.model:
                 raise StoreError(
-                    f"{self.store.folder} lacks responses of round {prompts.round} by {self.writer}, whose weights have "
-                    "moved on since: resume from the checkpoint at the start of that round, or begin a new run."
+                    f"{self.store.folder} lacks responses of round {prompts.round} by {self.writer}, whose weights "
+                    "have moved on since: resume from the checkpoint at the start of that round, or begin a new run."
                 )
             self._write(prompts, sampling, provenance, set(known))
             self.ranks.barrier()
@@ -90,19 +92,23 @@ class StoredGenerator(Generator):
         self.refresh_inner(self.inner)
         order = sorted(prompts, key=lambda prompt: (len(prompt.input_ids), prompt.id))
         start, num_tokens, num_responses, num_cut = time.perf_counter(), 0, 0, 0
-        groups = range(0, len(order), RESPONSES_PER_SHARD)
-        for number, first in enumerate(groups):
-            group = tuple(p for p in order[first : first + RESPONSES_PER_SHARD] if p.id not in known)
-            if number % self.ranks.world != self.ranks.rank or not group:
-                continue
-            responses = self.inner.generate(Prompts(group, prompts.round), sampling)
-            self.store.write(provenance, responses)
-            num_responses += len(responses)
-            num_tokens += sum(len(response.token_ids) for response in responses)
-            num_cut += sum(response.finish == "length" for response in responses)
+        size = min(RESPONSES_PER_SHARD, -(-len(order) // self.ranks.world))  # a small round keeps every rank busy too
+        groups = [order[first : first + size] for first in range(0, len(order), size)][
+            self.ranks.rank :: self.ranks.world
+        ]
+        missing = [tuple(prompt for prompt in group if prompt.id not in known) for group in groups]
+        shown = getattr(self.inner, "progress", True) and self.ranks.rank == 0
+        with token_bar(f"{self.writer} writes", sum(map(len, missing)), shown):
+            for group in filter(None, missing):
+                responses = self.inner.generate(Prompts(group, prompts.round), sampling)
+                self.store.write(provenance, responses)
+                num_responses += len(responses)
+                num_tokens += sum(len(response.token_ids) for response in responses)
+                num_cut += sum(response.finish == "length" for response in responses)
         seconds = time.perf_counter() - start
         _log.info(
-            "%s wrote %d responses in round %d: %d tokens in %.1f s, %.0f tokens/s; %d were cut at %d tokens; weights %s",
+            "%s wrote %d responses in round %d: %d tokens in %.1f s, %.0f tokens/s; %d were cut at %d tokens; "
+            "weights %s",
             self.writer, num_responses, prompts.round, num_tokens, seconds, num_tokens / seconds, num_cut,
             sampling.max_new_tokens, provenance.model,
         )  # fmt: skip

@@ -36,7 +36,7 @@ class Writers:
         ranks: Ranks,
     ) -> None:
         self.models, self.tokenizer = models, tokenizer
-        self.round: dict[str, Any] = {"number": -1, "student": ""}
+        self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0, which `once` means, and in the last one
         self._teacher = ""
         self.generators: dict[str, Generator] = {}
         for name in models:
@@ -63,9 +63,9 @@ class Writers:
         return fingerprint(self._model("student"))
 
     def _round_student(self, number: int) -> str:
-        if self.round["number"] != number:
-            self.round = {"number": number, "student": self._student()}
-        return str(self.round["student"])
+        if number not in self.rounds:
+            self.rounds = {kept: own for kept, own in self.rounds.items() if kept == 0} | {number: self._student()}
+        return self.rounds[number]
 
     def _fixed_now(self) -> str:
         if not self._teacher:

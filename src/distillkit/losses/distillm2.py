@@ -94,17 +94,18 @@ class DistiLLM2(Loss):
         if parts is None:  # a row is longer than a slice: its gap needs a pass of its own
             parts = slices(len(rows), student.vocab)
             with torch.no_grad():
-                own = [target_log_probs(scores, targets) for scores in (teacher, student)]
-            gaps = _gap(side, *own, rows, len(kept))
+                own_p, own_q = (target_log_probs(scores, targets) for scores in (teacher, student))
+            gaps = _gap(side, own_p, own_q, rows, len(kept))
 
         def part_of_total(logp: Tensor | None, logq: Tensor, part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
             assert logp is not None
             local, gap = rows[part], gaps
             if gap is None:  # the slice holds whole rows
-                here = host_rows[part].unique_consecutive()
-                own = [scores.detach().gather(-1, targets[part, None]).squeeze(-1) for scores in (logp, logq)]
+                here = torch.unique_consecutive(host_rows[part])
+                own = targets[part, None]
+                own_p, own_q = (scores.detach().gather(-1, own).squeeze(-1) for scores in (logp, logq))
                 local = local - (int(here[0]) if len(here) else 0)
-                gap = _gap(side, *own, local, len(here))
+                gap = _gap(side, own_p, own_q, local, len(here))
             alpha = (self.alpha_teacher if side == "teacher" else self.alpha_student).for_rows(gap)
             values = self._divergence(side, logp, logq, alpha[local])
             total = (values * weights[part].to(values.dtype)).sum()

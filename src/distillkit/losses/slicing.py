@@ -75,7 +75,7 @@ def sliced_total(
     parameters = [parameter for parameter in student.head.parameters() if parameter.requires_grad]
     job = _Job(loss, student, teacher, parts, temperature, parameters)
     if torch.is_grad_enabled() and (student.hidden.requires_grad or parameters):
-        total = _SlicedTotal.apply(job, student.hidden, *parameters)
+        total: Tensor = _SlicedTotal.apply(job, student.hidden, *parameters)  # type: ignore[no-untyped-call]
     else:
         total = job.run(with_grad=False)[0]
     return total, tuple(torch.cat(values) for values in zip(*job.values, strict=True))
@@ -144,5 +144,5 @@ class _SlicedTotal(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *(grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors))

@@ -3,7 +3,8 @@
 Letters: B rows, T tokens, N response positions, D hidden width, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.errors import ModelError
+from distillkit.interfaces import Teacher
 from distillkit.types import Batch, Scores
 
 
@@ -33,8 +35,7 @@ class OutputHead:
     def __call__(self, hidden: Tensor, /) -> Tensor:
         """Logits `[n, V]` of hidden states `[n, D]`."""
         if type(self.module) is nn.Linear:
-            bias = self.module.bias
-            bias = None if bias is None else bias[: self.vocab]
+            bias = None if self.module.bias is None else self.module.bias[: self.vocab]
             logits = nn.functional.linear(hidden, self.module.weight[: self.vocab], bias)
         else:
             logits = self.module(hidden)[..., : self.vocab]
@@ -60,6 +61,32 @@ def logits_width(model: nn.Module) -> int:
     return int(head.weight.shape[0])
 
 
+def share_vocab(student: nn.Module, teacher: Teacher | None, num_tokens: int, say: Callable[[str], None]) -> int:
+    """Cuts the teacher to the logits that both models have.
+
+    Args:
+        student: A transformers causal language model.
+        teacher: The teacher, set up; None leaves the student's logits.
+        num_tokens: Tokens of the tokenizer that both share.
+        say: Told if the widths differ.
+
+    Returns:
+        V, the number of logits that both have.
+
+    Raises:
+        ModelError: If the tokenizer has more tokens than that.
+    """
+    width = logits_width(student)
+    vocab = width if teacher is None else min(width, teacher.vocab_size)
+    if teacher is not None and width != teacher.vocab_size:
+        say(f"The student has {width} logits and the teacher {teacher.vocab_size}: both are cut to {vocab}.")
+    if num_tokens > vocab:
+        raise ModelError(f"The tokenizer has {num_tokens} tokens and the models share {vocab} logits.")
+    if teacher is not None:
+        teacher.limit_vocab(vocab)
+    return vocab
+
+
 def output_head(model: nn.Module, vocab: int) -> OutputHead:
     """The model's head, cut to `vocab` tokens."""
     base = base_model(model)
@@ -76,6 +103,18 @@ def score(model: nn.Module, batch: Batch, vocab: int) -> Scores:
     return Scores(hidden, output_head(model, vocab), vocab)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each submodule's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, name: str) -> None:
     """Refuses an architecture whose logits are not its last hidden states through its head.
@@ -90,12 +129,10 @@ def check_head(model: nn.Module, name: str) -> None:
     base = base_model(model)
     device = base.get_output_embeddings().weight.device
     ids = torch.arange(4, device=device)[None]  # [1, 4], any tokens do
-    was_training = model.training
-    model.eval()
-    expected = base(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    found = output_head(model, expected.shape[-1])(hidden).float()
-    model.train(was_training)
+    with evaluating(model):
+        expected = base(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        found = output_head(model, expected.shape[-1])(hidden).float()
     if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max().clamp_min(1.0)), rtol=1e-2):
         raise ModelError(
             f"{name}: {type(base).__name__} computes its logits in a way that distillkit does not know, "

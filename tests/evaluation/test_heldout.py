@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from distillkit.data.collate import collate
+from distillkit.evaluation.heldout import Answer, HeldOut
+from distillkit.interfaces import Generator
+from distillkit.losses import slicing
+from distillkit.types import Prompt, Prompts, Response, Row, Sampling, Scores
+from gloo import run_ranks
+
+VOCAB = 17
+
+
+def some_batch(lengths, seed=0):
+    """Rows with responses of these lengths after one token, and `[N, V]` logits of teacher and student."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        Row((0, *torch.randint(VOCAB, (n,), generator=generator).tolist()), (False, *[True] * n), "teacher", f"p{i}")
+        for i, n in enumerate(lengths)
+    ]
+    logits = [3.0 * torch.randn(sum(lengths), VOCAB, generator=generator) for _ in range(2)]
+    return collate(rows, pad_id=0), *logits
+
+
+def by_hand(parts):
+    """Figures over all positions of all batches, in float64 on whole probabilities."""
+    kl, nll, acceptance = [], [], []
+    for batch, *logits in parts:
+        p, q = (np.exp(own.double().numpy()) for own in logits)
+        p, q = (own / own.sum(-1, keepdims=True) for own in (p, q))
+        for t, target in enumerate(batch.targets.tolist()):
+            kl.append(sum(p[t, v] * math.log(p[t, v] / q[t, v]) for v in range(VOCAB)))
+            nll.append(-math.log(q[t, target]))
+            acceptance.append(sum(min(p[t, v], q[t, v]) for v in range(VOCAB)))
+    return {"kl": np.mean(kl), "nll": np.mean(nll), "acceptance": np.mean(acceptance)}
+
+
+class Scripted(Generator):
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def refresh(self, model, tokenizer):
+        pass
+
+    def generate(self, prompts, sampling):
+        return [Response(prompt.id, (1,), self.texts[int(prompt.id)], "stop") for prompt in prompts]
+
+
+def questions(count):
+    return Prompts(tuple(Prompt(str(i), ({"role": "user", "content": f"Question {i}"},), (2,)) for i in range(count)))
+
+
+def counted(parts, answers=("yes",), references=("yes",)):
+    held_out = HeldOut()
+    for batch, teacher, student in parts:
+        teacher_scores = None if teacher is None else Scores.from_logits(teacher)
+        held_out.update(Scores.from_logits(student), teacher_scores, batch)
+    held_out.answer(Scripted(*answers), questions(len(references)), references, Sampling(temperature=0.0))
+    return held_out
+
+
+@pytest.mark.parametrize("slice_bytes", [slicing.SLICE_BYTES, 4 * VOCAB * 3], ids=["whole", "three at a time"])
+def test_figures_are_means_over_all_positions(slice_bytes, monkeypatch):
+    monkeypatch.setattr(slicing, "SLICE_BYTES", slice_bytes)
+    parts = [some_batch((5, 2)), some_batch((1, 0, 7), seed=1)]
+    found = counted(parts).compute()
+    expected = by_hand(parts)
+    assert {name: float(found[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_models_have_no_divergence_and_full_acceptance():
+    batch, logits, _ = some_batch((4, 3))
+    found = counted([(batch, logits, logits)]).compute()
+    assert float(found["kl"]) == pytest.approx(0.0, abs=1e-7)
+    assert float(found["acceptance"]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_without_a_teacher_there_are_likelihood_and_answers_alone():
+    batch, _, student = some_batch((4, 3))
+    assert counted([(batch, None, student)]).compute().keys() == {"nll", "rouge_l"}
+
+
+def test_a_batch_without_positions_changes_no_figure():
+    parts = [some_batch((5, 2))]
+    with_empty = counted([*parts, some_batch((0, 0))]).compute()
+    assert with_empty == counted(parts).compute()
+
+
+def test_a_nan_shows():
+    batch, teacher, student = some_batch((5,))
+    student[2] = math.nan
+    found = counted([(batch, teacher, student)]).compute()
+    assert all(math.isnan(found[name]) for name in ("kl", "nll", "acceptance"))
+
+
+def test_figures_start_anew_after_each_computation():
+    parts, others = [some_batch((5, 2))], [some_batch((3,), seed=2)]
+    held_out = counted(parts)
+    held_out.compute()
+    for batch, teacher, student in others:
+        held_out.update(Scores.from_logits(student), Scores.from_logits(teacher), batch)
+    held_out.answer(Scripted("no"), questions(1), ["yes"], Sampling())
+    assert held_out.compute() == counted(others, ("no",), ("yes",)).compute()
+
+
+# The longest common subsequence, counted by hand: its share of the reference, of the answer, and their harmonic mean.
+ROUGE_L = [
+    ("the cat sat on the mat", "the cat lay on a mat", 4 / 6),  # the cat on mat: 4 of 6 and 4 of 6
+    ("a b c", "a c", 2 * (2 / 3 * 1) / (2 / 3 + 1)),  # a c: 2 of 3 and 2 of 2
+    ("Paris.", "It is Paris", 2 * (1 * 1 / 3) / (1 + 1 / 3)),  # case and stops don't count
+    ("b a", "a b", 1 / 2),  # order does: one of the two
+    ("none of these", "quite another text", 0.0),
+    ("", "something", 0.0),
+]
+
+
+@pytest.mark.parametrize(("answer", "reference", "expected"), ROUGE_L)
+def test_rouge_l_is_that_of_the_longest_common_subsequence(answer, reference, expected):
+    found = counted([some_batch((2,))], (answer,), (reference,)).compute()["rouge_l"]
+    assert float(found) == pytest.approx(100 * expected)
+
+
+def test_rouge_l_is_a_mean_over_answers():
+    answers, references, scores = zip(*ROUGE_L, strict=True)
+    found = counted([some_batch((2,))], answers, references).compute()["rouge_l"]
+    assert float(found) == pytest.approx(100 * np.mean(scores))
+
+
+def test_the_table_holds_the_last_turn_asked_and_both_answers():
+    held_out = HeldOut()
+    first, second = questions(2)
+    told = Prompt("0", ({"role": "system", "content": "Be brief."}, *first.messages), (2,))
+    held_out.answer(Scripted("A", "B"), Prompts((told, second)), ["a", "b"], Sampling())
+    assert held_out.table == [Answer("Question 0", "a", "A"), Answer("Question 1", "b", "B")]
+
+
+def test_ranks_with_different_numbers_of_positions_and_answers_agree(tmp_path):
+    # Rank 0 has everything, as where there are fewer held-out prompts than ranks.
+    script = """
+import torch
+from distillkit.data.collate import collate
+from distillkit.evaluation.heldout import HeldOut
+from distillkit.interfaces import Generator
+from distillkit.types import Prompt, Prompts, Response, Row, Sampling, Scores
+
+class Same(Generator):
+    def refresh(self, model, tokenizer): pass
+    def generate(self, prompts, sampling): return [Response(p.id, (1,), p.id, "stop") for p in prompts]
+
+size = 3 if rank == 0 else 0
+held_out = HeldOut()
+batch = collate([Row((0, 1, 1, 1), (False, *[size > 0] * 3), "teacher", "a")], pad_id=0)
+p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+held_out.update(Scores.from_logits(q.expand(size, 2)), Scores.from_logits(p.expand(size, 2)), batch)
+prompts = Prompts(tuple(Prompt(name, ({"role": "user", "content": "?"},), (1,)) for name in ("a b", "c", "d")))[:size]
+held_out.answer(Same(), prompts, ["a b", "c", "x"][:size], Sampling())
+found = {name: float(value) for name, value in held_out.compute().items()}
+"""
+    first, second = run_ranks(script, tmp_path)
+    assert first == second
+    expected = {"kl": 0.5 * math.log(4 / 3), "nll": -math.log(0.75), "acceptance": 0.75, "rouge_l": 200 / 3}
+    assert first == pytest.approx(expected, rel=1e-6)

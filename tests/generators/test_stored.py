@@ -1,0 +1,201 @@
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+
+from distillkit.errors import StoreError
+from distillkit.generators import stored as module
+from distillkit.generators.in_process import TransformersGenerator
+from distillkit.generators.stored import Ranks, StoredGenerator
+from distillkit.interfaces import Generator
+from distillkit.store import Provenance, ResponseStore
+from distillkit.types import Prompt, Prompts, Sampling
+from tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+SAMPLING = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=4)
+
+
+class Counting(Generator):
+    """A generator in process that counts what it is asked for, and breaks down after `until` calls."""
+
+    def __init__(self, until=None):
+        self.inner = TransformersGenerator(progress=False)
+        self.asked, self.refreshed, self.until = [], 0, until
+
+    def refresh(self, model, tokenizer):
+        self.refreshed += 1
+        self.inner.refresh(model, tokenizer)
+
+    def generate(self, prompts, sampling):
+        if self.until is not None and len(self.asked) >= self.until:
+            raise KeyboardInterrupt
+        self.asked.append([prompt.id for prompt in prompts])
+        return self.inner.generate(prompts, sampling)
+
+
+@dataclass
+class Weights:
+    """Stands for a model: its fingerprint, and that of each round."""
+
+    now: str = "w0"
+    rounds: dict[int, str] = field(default_factory=dict)
+
+    def of_round(self, number):
+        return self.rounds.setdefault(number, self.now)
+
+
+def some_prompts(count=7, round_number=0):
+    ids = [tuple(range(2, 3 + (5 * i) % 7)) for i in range(count)]
+    return Prompts(tuple(Prompt(f"p{i}", (), row) for i, row in enumerate(ids)), round_number)
+
+
+def stored(folder, inner, weights=None, ranks=None):
+    weights, ranks, model = weights or Weights(), ranks or Ranks(), tiny_model(len(TOKENIZER))
+    store = ResponseStore(folder, ranks.rank)
+
+    def refresh(generator):
+        generator.refresh(model, TOKENIZER)
+
+    return StoredGenerator("teacher", inner, store, ranks, weights.of_round, lambda: weights.now, refresh)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(module, "RESPONSES_PER_SHARD", 2)
+
+
+@pytest.fixture
+def uninterrupted(tmp_path):
+    inner = Counting()
+    responses = stored(tmp_path / "whole", inner).generate(some_prompts(), SAMPLING)
+    return responses, inner.asked
+
+
+def test_gives_what_the_inner_generator_writes_in_the_prompts_order(uninterrupted):
+    inner = TransformersGenerator(progress=False)
+    inner.refresh(tiny_model(len(TOKENIZER)), TOKENIZER)
+    assert uninterrupted[0] == inner.generate(some_prompts(), SAMPLING)
+
+
+def test_groups_are_of_similar_length(uninterrupted):
+    lengths = {prompt.id: len(prompt.input_ids) for prompt in some_prompts()}
+    asked = [lengths[name] for group in uninterrupted[1] for name in group]
+    assert [len(group) for group in uninterrupted[1]] == [2, 2, 2, 1]
+    assert asked == sorted(asked)
+
+
+def test_nothing_is_written_twice(tmp_path):
+    inner = Counting()
+    generator = stored(tmp_path, inner)
+    first = generator.generate(some_prompts(), SAMPLING)
+    calls = len(inner.asked)
+    assert generator.generate(some_prompts(), SAMPLING) == first
+    assert generator.generate(some_prompts()[2:5], SAMPLING) == first[2:5]
+    again = Counting()
+    assert stored(tmp_path, again).generate(some_prompts(), SAMPLING) == first  # another process
+    assert (len(inner.asked), inner.refreshed, again.asked, again.refreshed) == (calls, 1, [], 0)
+
+
+def test_only_missing_responses_are_written(tmp_path):
+    inner = Counting()
+    generator = stored(tmp_path, inner)
+    few = generator.generate(some_prompts()[1:4], SAMPLING)
+    inner.asked.clear()
+    assert generator.generate(some_prompts(), SAMPLING)[1:4] == few
+    assert sorted(name for group in inner.asked for name in group) == ["p0", "p4", "p5", "p6"]
+
+
+@pytest.mark.parametrize("until", [0, 1, 3])
+def test_resumed_equals_uninterrupted(until, tmp_path, uninterrupted):
+    broken = Counting(until)
+    with pytest.raises(KeyboardInterrupt):
+        stored(tmp_path, broken).generate(some_prompts(), SAMPLING)
+    resumed = Counting()
+    assert stored(tmp_path, resumed).generate(some_prompts(), SAMPLING) == uninterrupted[0]
+    assert broken.asked + resumed.asked == uninterrupted[1]  # in the same batches, and none of them twice
+
+
+@pytest.mark.parametrize(
+    ("sampling", "round_number"),
+    [(Sampling(temperature=1.0, top_p=0.9, max_new_tokens=5), 0), (SAMPLING, 1)],
+    ids=["other sampling", "other round"],
+)
+def test_other_sampling_or_another_round_is_written_anew(sampling, round_number, tmp_path):
+    inner = Counting()
+    generator = stored(tmp_path, inner)
+    generator.generate(some_prompts(), SAMPLING)
+    generator.generate(some_prompts(round_number=round_number), sampling)
+    assert len(inner.asked) == 2 * 4
+
+
+def test_responses_of_a_round_are_read_after_the_weights_have_moved_on(tmp_path):
+    weights, inner = Weights(), Counting()
+    generator = stored(tmp_path, inner, weights)
+    first = generator.generate(some_prompts(), SAMPLING)
+    weights.now = "w1"
+    assert generator.generate(some_prompts(), SAMPLING) == first
+    generator.generate(some_prompts(round_number=1), SAMPLING)
+    assert inner.refreshed == 2
+    assert [entry["model"] for entry in generator.store.shards()] == ["w0"] * 4 + ["w1"] * 4
+
+
+def test_missing_responses_of_weights_that_have_moved_on_are_an_error(tmp_path):
+    weights = Weights()
+    with pytest.raises(KeyboardInterrupt):
+        stored(tmp_path, Counting(until=2), weights).generate(some_prompts(), SAMPLING)
+    weights.now = "w1"
+    inner = Counting()
+    with pytest.raises(StoreError, match=r"lacks responses of round 0 by teacher, .* moved on since: resume from"):
+        stored(tmp_path, inner, weights).generate(some_prompts(), SAMPLING)
+    assert inner.asked == []
+
+
+def run_ranks(jobs):
+    """Runs each job in a thread of its own, and gives their results; an error in one is raised here."""
+    results, errors = [None] * len(jobs), []
+
+    def run(place):
+        try:
+            results[place] = jobs[place]()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def test_two_ranks_share_the_work_and_get_every_response(tmp_path, uninterrupted):
+    barrier, inners = threading.Barrier(2, timeout=10), [Counting(), Counting()]
+    parts = [stored(tmp_path, inners[rank], ranks=Ranks(rank, 2, lambda: barrier.wait())) for rank in range(2)]
+    found = run_ranks([lambda part=part: part.generate(some_prompts(), SAMPLING) for part in parts])
+    assert found == [uninterrupted[0]] * 2
+    assert [inner.asked for inner in inners] == [uninterrupted[1][0::2], uninterrupted[1][1::2]]
+
+
+def test_a_rank_that_looks_late_agrees_with_the_others_that_something_is_missing(tmp_path, uninterrupted):
+    whole, written, barrier = uninterrupted[0], threading.Event(), threading.Barrier(2, timeout=5)
+    missing = uninterrupted[1][1]  # a group of the second rank is all that is missing
+    provenance = Provenance("teacher", "w0", SAMPLING, 0)
+    ResponseStore(tmp_path).write(provenance, [r for r in whole if r.prompt_id not in missing])
+    late, quick = (stored(tmp_path, Counting(), ranks=Ranks(rank, 2, lambda: barrier.wait())) for rank in range(2))
+    read, write = late.store.read, quick.store.write
+
+    def read_late(key):
+        written.wait(timeout=0.3)  # for the other's responses, if it does not wait for this rank to look
+        return read(key)
+
+    def write_and_tell(key, responses):
+        write(key, responses)
+        written.set()
+
+    late.store.read, quick.store.write = read_late, write_and_tell
+    assert (
+        run_ranks([lambda part=part: part.generate(some_prompts(), SAMPLING) for part in (late, quick)]) == [whole] * 2
+    )

@@ -1,0 +1,42 @@
+"""Parts that kill their own process, so that a test knows where the run was."""
+
+import os
+import signal
+from typing import Any
+
+from lightning import Callback
+
+from distillkit.generators.in_process import TransformersGenerator
+from distillkit.types import Prompts, Response, Sampling
+
+
+def kill() -> None:
+    """No clean-up of any kind."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAfterStep(Callback):
+    """Kills the run at the first batch after optimizer step `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            kill()
+
+
+class KilledGenerator(TransformersGenerator):
+    """Kills the run when it is asked to write for the `call`-th time."""
+
+    calls = 0  # of all copies
+
+    def __init__(self, call: int, batch_size: int = 32, progress: bool = True) -> None:
+        super().__init__(batch_size=batch_size, progress=progress)
+        self.call = call
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
+        KilledGenerator.calls += 1
+        if KilledGenerator.calls == self.call:
+            kill()
+        return super().generate(prompts, sampling)

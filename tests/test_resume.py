@@ -1,0 +1,198 @@
+"""A run that was killed and resumed = the run that was left alone, bit for bit."""
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import QUIET, command, finish, process, save_models, write_config, write_prompts
+
+from distillkit.callbacks.curves import read_metrics
+from distillkit.cli.main import main
+from distillkit.store import ResponseStore
+
+PROMPTS, HELD_OUT = 10, 3
+STEPS = 9
+"""Three epochs of steps of 4, 4 and 2 prompts, each in micro-batches of 2."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "a round an epoch": {"rounds": "epoch"},
+    "a round every two steps": {"rounds": {"every": 2}},
+    "dropout": {"rounds": "epoch", "lora": {"r": 4, "dropout": 0.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    save_models(root)
+    write_prompts(root / "train.jsonl", PROMPTS)
+    write_prompts(root / "val.jsonl", HELD_OUT)
+    return root
+
+
+def config(folder: Path, run: str, rounds: Any, lora: Any = None, every: int | None = 2, **more: Any) -> dict[str, Any]:
+    """A small DistiLLM-2 run into `run`."""
+    sampling = {"max_new_tokens": 6}
+    part = lambda name, **settings: {"class_path": name, "init_args": settings}  # noqa: E731
+    return {
+        "trainer": QUIET | {
+            "default_root_dir": str(folder / run), "max_epochs": 3, "accumulate_grad_batches": 2,
+            "callbacks": [part("RunCheckpoint", every_n_steps=every), part("Export"), *more.get("callbacks", [])],
+        },
+        "model": {
+            "student": {"source": str(folder / "student"), "lora": lora},
+            "teacher": part("TransformersTeacher", source=str(folder / "teacher"), dtype="float32"),
+            "loss": part("DistiLLM2", alpha=part("AdaptiveAlpha", warmup_steps=5)),
+            "curator": part(
+                "PairedCurator",
+                chosen=part("TeacherCurator", sampling=sampling),
+                rejected=part("StudentCurator", sampling=sampling, rounds=rounds),
+            ),
+            "generator": more.get("generator", part("TransformersGenerator", progress=False)),
+            "optimizer": part("torch.optim.AdamW", lr=1e-3),
+            "answers": {"temperature": 0.0, "max_new_tokens": 6},
+        },
+        "data": {"train": str(folder / "train.jsonl"), "val": str(folder / "val.jsonl"), "batch_size": 2},
+    }  # fmt: skip
+
+
+def start(folder: Path, run: str, settings: dict[str, Any], *arguments: str) -> list[str]:
+    """The arguments of the command for a run with these settings."""
+    folder.joinpath(run).mkdir(exist_ok=True)
+    return ["fit", "--config", write_config(folder / f"{run}.yaml", config(folder, run, **settings)), *arguments]
+
+
+def kill_and_resume(folder: Path, run: str, settings: dict[str, Any], killer: dict[str, Any]) -> Path:
+    """Runs until `killer` strikes, then resumes; the run's folder."""
+    assert command(start(folder, run, settings | killer)) == -signal.SIGKILL
+    assert not (folder / run / "export").exists()
+    assert command(start(folder, run, settings, "--ckpt_path", "last")) == 0
+    return folder / run
+
+
+def after_step(step: int) -> dict[str, Any]:
+    return {"callbacks": [{"class_path": "killed.KillAfterStep", "init_args": {"step": step}}]}
+
+
+@pytest.fixture(scope="module")
+def left_alone(folder: Path) -> Callable[[str], Path]:
+    """The folder of the uninterrupted run of a case."""
+
+    def run(case: str) -> Path:
+        name = f"{case} left alone"
+        if not (folder / name).exists():
+            assert command(start(folder, name, CASES[case])) == 0
+        return folder / name
+
+    return run
+
+
+def responses(run: Path) -> Counter[tuple[str, str]]:
+    """How often the store holds a response, by provenance key and prompt id."""
+    found: Counter[tuple[str, str]] = Counter()
+    for shard in ResponseStore(run / "responses").shards():
+        with pa.memory_map(str(run / "responses" / shard["file"])) as source:
+            rows = pa.ipc.open_file(source).read_all().to_pylist()
+        found.update((shard["key"], row["prompt_id"]) for row in rows)
+    return found
+
+
+def assert_equal(found: Any, expected: Any, place: str = "") -> None:
+    """Compares nested containers, tensors bit by bit."""
+    assert type(found) is type(expected), place
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{place}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), place
+        for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert_equal(ours, theirs, f"{place}/{number}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), place
+    else:
+        assert found == expected, place
+
+
+def assert_same_run(resumed: Path, alone: Path) -> None:
+    """Exported weights, the newest checkpoint, the store and the curves."""
+    assert_equal(load_file(resumed / "export" / "model.safetensors"), load_file(alone / "export" / "model.safetensors"))
+    ours, theirs = (torch.load(run / "checkpoints" / "last.ckpt") for run in (resumed, alone))
+    assert ours["global_step"] == theirs["global_step"] >= STEPS - 1
+    assert float(theirs["state_dict"]["loss.alpha_teacher.gap_sum"]) != 0
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "distillkit"):
+        assert_equal(ours[part], theirs[part], part)
+    assert set(responses(resumed).values()) == {1}
+    assert responses(resumed) == responses(alone)
+    names = [path.name for path in (resumed / "checkpoints").iterdir()]
+    assert len(names) == 2, f"one checkpoint and the link to it, got {names}"
+
+
+def assert_both_sessions_are_logged(resumed: Path, alone: Path, killed_after: int) -> None:
+    logs = sorted(path.parent.name for path in resumed.glob("csv/*/metrics.csv"))
+    assert logs == ["version_0", "version_1"]
+    first = (resumed / "csv" / "version_0" / "metrics.csv").read_text()
+    assert first.count("\n") > killed_after, "what the killed session logged is on disk"
+    ours, theirs = read_metrics(resumed), read_metrics(alone)
+    assert ours.keys() == theirs.keys()
+    for name in ("train/loss", "train/beta", "val/kl", "train/gap_student"):
+        assert len(theirs[name]) >= 3
+        assert ours[name] == theirs[name], name
+    assert (resumed / "curves.png").stat().st_size > 10_000
+    assert "Held-out figures" in (resumed / "export" / "README.md").read_text()
+
+
+# Checkpoints are written after steps 2, 4, 6 and 8. Step 6 is the last of the second epoch.
+@pytest.mark.parametrize(("case", "step"), [
+    ("a round an epoch", 5),
+    ("a round an epoch", 7),
+    ("a round every two steps", 3),
+    ("a round every two steps", 5),
+    ("dropout", 5),
+])  # fmt: skip
+def test_a_run_killed_in_an_epoch_ends_as_if_nothing_had_happened(
+    case: str, step: int, folder: Path, left_alone: Callable[[str], Path]
+) -> None:
+    alone = left_alone(case)
+    resumed = kill_and_resume(folder, f"{case} killed after {step}", CASES[case], after_step(step))
+    assert_same_run(resumed, alone)
+    assert_both_sessions_are_logged(resumed, alone, step)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_responses_it_has(
+    folder: Path, left_alone: Callable[[str], Path]
+) -> None:
+    case = "a round an epoch"
+    # Calls: 1 teacher for validation, 2 student's answers before training, 3 teacher, 4 student.
+    killer = {"generator": {"class_path": "killed.KilledGenerator", "init_args": {"call": 4, "progress": False}}}
+    run = "killed in curation"
+    assert command(start(folder, run, CASES[case] | killer)) == -signal.SIGKILL
+    written = responses(folder / run)
+    assert len(written) == PROMPTS + HELD_OUT
+    shards = {path: path.stat().st_mtime_ns for path in (folder / run / "responses").glob("*.arrow")}
+    assert command(start(folder, run, CASES[case], "--ckpt_path", "last")) == 0
+    assert shards.items() <= {path: path.stat().st_mtime_ns for path in shards}.items()
+    assert_same_run(folder / run, left_alone(case))
+
+
+def test_a_run_killed_twice_goes_on_twice(folder: Path, left_alone: Callable[[str], Path]) -> None:
+    case, run = "a round every two steps", "killed twice"
+    settings = CASES[case]
+    assert command(start(folder, run, settings | after_step(2))) == -signal.SIGKILL
+    assert command(start(folder, run, settings | after_step(8), "--ckpt_path", "last")) == -signal.SIGKILL
+    assert command(start(folder, run, settings, "--ckpt_path", "last")) == 0
+    assert_same_run(folder / run, left_alone(case))
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_is_resumed_too(folder: Path) -> None:
+    settings = CASES["a round an epoch"] | {"every": None}
+    assert command(start(folder, "by epoch", settings)) == 0
+    resumed = kill_and_resume(folder, "by epoch, killed", settings, after_step(7))
+    assert_same_run(resumed, folder / "by epoch")
+    assert_both_sessions_are_logged(resumed, folder / "by epoch", 7)

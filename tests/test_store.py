@@ -1,0 +1,176 @@
+import json
+
+import pytest
+
+from distillkit import store as module
+from distillkit.errors import StoreError
+from distillkit.store import Provenance, ResponseStore
+from distillkit.types import Response, Sampling
+
+TEACHER = Provenance("teacher", "abc", Sampling(temperature=0.8, seed=7), 0)
+
+
+def responses(*names):
+    return [Response(name, (2, 3, len(name)), f"text of {name} é\n", "stop") for name in names]
+
+
+def by_id(found):
+    return {response.prompt_id: response for response in found}
+
+
+def test_gives_back_what_was_written(tmp_path):
+    written = [
+        Response("a", (0, 2**31 - 1), "one\ttwo «»", "stop"),
+        Response("b", (5,), "", "length"),
+    ]
+    ResponseStore(tmp_path / "new" / "folder").write(TEACHER, written)
+    assert ResponseStore(tmp_path / "new" / "folder").read(TEACHER) == by_id(written)
+
+
+def test_a_store_without_a_folder_is_empty_and_makes_none(tmp_path):
+    store = ResponseStore(tmp_path / "none")
+    assert store.read(TEACHER) == {}
+    assert store.shards() == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_several_shards_are_joined(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a", "bb"))
+    ResponseStore(tmp_path).write(TEACHER, responses("ccc"))
+    assert store.read(TEACHER) == by_id(responses("a", "bb", "ccc"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Provenance("student", "abc", TEACHER.sampling, 0),
+        Provenance("teacher", "xyz", TEACHER.sampling, 0),
+        Provenance("teacher", "abc", Sampling(temperature=0.8, seed=8), 0),
+        Provenance("teacher", "abc", Sampling(temperature=0.8, seed=7, top_k=3), 0),
+        Provenance("teacher", "abc", TEACHER.sampling, 1),
+    ],
+    ids=["writer", "model", "seed", "top_k", "round"],
+)
+def test_each_provenance_has_responses_of_its_own(other, tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a"))
+    assert store.read(other) == {}
+    store.write(other, responses("a", "bb"))
+    assert store.read(TEACHER).keys() == {"a"}
+    assert store.read(other).keys() == {"a", "bb"}
+
+
+def test_a_shard_says_where_its_responses_come_from(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a", "bb"))
+    (entry,) = store.shards()
+    expected = {"writer": "teacher", "model": "abc", "round": 0, "responses": 2, "tokens": 6}
+    assert {name: entry[name] for name in expected} == expected
+    assert entry["sampling"] == {"temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_new_tokens": 256, "seed": 7}
+
+
+def test_a_shard_can_be_read_without_this_package(tmp_path):
+    import pyarrow as pa
+
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a"))
+    with pa.memory_map(str(tmp_path / store.shards()[0]["file"])) as source:
+        table = pa.ipc.open_file(source).read_all()
+    seed = TEACHER.sampling.seed_of(0, "a")
+    row = {"prompt_id": "a", "token_ids": [2, 3, 1], "text": "text of a é\n", "finish": "stop", "seed": seed}
+    assert table.to_pylist() == [row]
+    assert json.loads(table.schema.metadata[b"distillkit"])["model"] == "abc"
+
+
+def test_a_response_is_not_written_twice(tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a", "bb"))
+    with pytest.raises(StoreError, match=r"already holds a response of teacher to prompt bb"):
+        store.write(TEACHER, responses("bb", "ccc"))
+    with pytest.raises(StoreError, match=r"already holds .* prompt a"):
+        ResponseStore(tmp_path, rank=1).write(TEACHER, responses("a"))
+    assert store.read(TEACHER).keys() == {"a", "bb"}
+
+
+def test_ranks_read_what_all_of_them_wrote(tmp_path):
+    stores = [ResponseStore(tmp_path, rank) for rank in range(3)]
+    for store, name in zip(stores, ("a", "bb", "ccc"), strict=True):
+        store.write(TEACHER, responses(name))
+    assert len({shard["file"] for shard in stores[0].shards()}) == 3
+    for store in (*stores, ResponseStore(tmp_path, rank=9)):
+        assert store.read(TEACHER) == by_id(responses("a", "bb", "ccc"))
+
+
+def killed_before_the_manifest(folder, monkeypatch, written):
+    """Writes a shard and dies before a manifest names it."""
+    write = module._write_atomically
+
+    def die(path, data):
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_atomically", die)
+        with pytest.raises(KeyboardInterrupt):
+            ResponseStore(folder).write(TEACHER, written)
+
+
+def test_a_shard_that_no_manifest_names_does_not_exist_and_is_overwritten(tmp_path, monkeypatch):
+    ResponseStore(tmp_path).write(TEACHER, responses("a"))
+    killed_before_the_manifest(tmp_path, monkeypatch, responses("bb", "ccc"))
+    orphans = set(tmp_path.glob("*.arrow"))
+    assert len(orphans) == 2
+    store = ResponseStore(tmp_path)
+    assert store.read(TEACHER).keys() == {"a"}
+    store.write(TEACHER, responses("bb"))
+    assert set(tmp_path.glob("*.arrow")) == orphans
+    assert ResponseStore(tmp_path).read(TEACHER) == by_id(responses("a", "bb"))
+
+
+def test_a_kill_in_the_middle_of_a_file_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    def die(_):
+        raise KeyboardInterrupt
+
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(TEACHER, responses("bb"))
+    again = ResponseStore(tmp_path)
+    assert again.read(TEACHER).keys() == {"a"}
+    again.write(TEACHER, responses("bb"))
+    assert ResponseStore(tmp_path).read(TEACHER).keys() == {"a", "bb"}
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: b"", lambda text: b"\xff\xfe\x00"])
+def test_a_damaged_manifest_is_an_error(damage, tmp_path):
+    ResponseStore(tmp_path).write(TEACHER, responses("a"))
+    manifest = tmp_path / "manifest-00000.json"
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(StoreError, match=r"manifest-00000\.json is not valid JSON .* restore it or remove the store"):
+        ResponseStore(tmp_path)
+    with pytest.raises(StoreError, match=r"manifest-00000\.json is not valid JSON"):
+        ResponseStore(tmp_path, rank=1).read(TEACHER)
+
+
+@pytest.mark.parametrize("text", ['{"schema": 2, "shards": []}', "{}", "[]", "null"])
+def test_a_manifest_of_another_version_is_an_error(text, tmp_path):
+    (tmp_path / "manifest-00000.json").write_text(text)
+    with pytest.raises(StoreError, match=r"has schema (2|None), this version reads 1: use another store folder"):
+        ResponseStore(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+def test_a_damaged_shard_is_an_error(damage, tmp_path):
+    store = ResponseStore(tmp_path)
+    store.write(TEACHER, responses("a", "bb"))
+    shard = tmp_path / store.shards()[0]["file"]
+    if damage == "removed":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-30] if damage == "cut" else b"")
+    with pytest.raises(StoreError, match=r"\.arrow can't be read .* restore it or remove the store"):
+        store.read(TEACHER)
