@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning
 import torch
-from tiny_runs import QUIET, DoubleStudent, DoubleTeacher, Gradients, MemoryLogger, UnequalPairs
 
 from distillkit import DistillData, DistillModule, Sampling
 from distillkit.callbacks import RunCheckpoint
@@ -14,6 +13,7 @@ from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.interfaces import Curator
 from distillkit.losses import DistiLLM2, SkewKL
+from tiny_runs import QUIET, DoubleStudent, DoubleTeacher, Gradients, MemoryLogger, UnequalPairs
 
 PROMPTS, GLOBAL_BATCH, HELD_OUT = 9, 4, 3
 """Steps of 4, 4 and 1 prompts: in the last one the second rank has none. Three held-out prompts, two for the first."""

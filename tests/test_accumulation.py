@@ -6,6 +6,13 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+
+from distillkit import DistillData, DistillModule
+from distillkit.data.loader import FixedLoader
+from distillkit.errors import ConfigError
+from distillkit.interfaces import Loss
+from distillkit.losses import CrossEntropy, DistiLLM2, ReverseKL, SkewKL, WeightedSum
+from distillkit.types import Reduction
 from tiny_runs import (
     QUIET,
     ROUNDING,
@@ -18,13 +25,6 @@ from tiny_runs import (
     save_models,
     write_prompts,
 )
-
-from distillkit import DistillData, DistillModule
-from distillkit.data.loader import FixedLoader
-from distillkit.errors import ConfigError
-from distillkit.interfaces import Loss
-from distillkit.losses import CrossEntropy, DistiLLM2, ReverseKL, SkewKL, WeightedSum
-from distillkit.types import Reduction
 
 LOSSES: dict[str, Callable[[Reduction], Loss]] = {
     "SkewKL": lambda reduction: SkewKL(reduction=reduction),

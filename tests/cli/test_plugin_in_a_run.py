@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from packages import install, write_package
 from tiny import save_tiny
 
@@ -40,13 +41,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install(trees, root / "site")
     save_tiny(root / "teacher", seed=1)
     save_tiny(root / "student", seed=2)
-    (root / "train.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}.", "response": "Yes."}) + "\n" for n in range(4)))
+    (root / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {n}.", "response": "Yes."}) + "\n" for n in range(4))
+    )
     return root
 
 
 def fit(folder: Path, loss: str, name: str) -> subprocess.CompletedProcess[str]:
     config = {
-        "trainer": {"default_root_dir": str(folder / name), "accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1},
+        "trainer": {
+            "default_root_dir": str(folder / name),
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+        },
         "model": {
             "teacher": {"class_path": "TransformersTeacher", "init_args": {"source": str(folder / "teacher")}},
             "student": {"source": str(folder / "student")},

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from packages import install, write_package
 
 from distillkit.cli import plugins
 from distillkit.errors import PluginError
+from packages import install, write_package
 
 SUMMARY = "One line that is long enough to be wider than a narrow terminal by far, " + "and then some more of it. " * 3
 CLASS = f'class {{name}}:\n    """{SUMMARY.strip()}\n\n    Second.\n    """\n'

@@ -5,4 +5,4 @@ from distillkit.callbacks.checkpoint import RunCheckpoint
 from distillkit.callbacks.export import Export
 from distillkit.callbacks.throughput import Throughput
 
-__all__ = ["Answers", "RunCheckpoint", "Export", "Throughput"]
+__all__ = ["Answers", "Export", "RunCheckpoint", "Throughput"]

@@ -28,13 +28,15 @@ class Answers(Callback):
         rows, history = pl_module.held_out.table, pl_module.history
         if not trainer.is_global_zero or not rows or not history:
             return
+        step = int(history[-1]["step"])
+        step = history[-1]["step"]  # that of the weights: the trainer knows none outside `fit`
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "answers.jsonl").open("a") as file:
             for row in rows:
-                file.write(json.dumps({"step": trainer.global_step, **vars(row)}, ensure_ascii=False) + "\n")
-        figures = {name.removeprefix("val/"): value for name, value in history[-1].items() if name != "step"}
-        title = f"step {trainer.global_step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                file.write(json.dumps({"step": step, **vars(row)}, ensure_ascii=False) + "\n")
+        figures = {name.rpartition("/")[2]: value for name, value in history[-1].items() if name != "step"}
+        title = f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         table = Table("prompt", "reference", "student", title=title, title_justify="left", show_lines=True)
         for row in rows[: self.shown]:
             table.add_row(row.prompt, row.reference, row.student)

@@ -38,13 +38,14 @@ def model_card(module: Any, trainer: Any) -> str:
         f"| loss | `{_described(module.loss)}` |",
         f"| responses | `{_described(module.curator)}` |",
         f"| prompts | {_data(trainer.datamodule)} |",
-        f"| training | {trainer.global_step} optimizer steps, {trainer.current_epoch} epochs, precision {trainer.precision} |",
+        f"| training | {trainer.global_step} steps, {trainer.current_epoch} epochs, precision {trainer.precision} |",
         "", summary.splitlines()[0] if summary else "", "",
     ]  # fmt: skip
     if module.history:
         first, last = module.history[0], module.history[-1]
         lines += ["## Held-out figures", "", "| figure | before | after |", "| --- | --- | --- |"]
-        lines += [f"| {_NAMES.get(k, k)} | {first[k]:.4g} | {last[k]:.4g} |" for k in last if k != "step" and k in first]
+        both = [name for name in last if name != "step" and name in first]
+        lines += [f"| {_NAMES.get(name, name)} | {first[name]:.4g} | {last[name]:.4g} |" for name in both]
     lines += ["", "The licences of the student's base model, the teacher and the prompts apply to this model.", ""]
     return "\n".join(lines)
 

@@ -10,7 +10,8 @@ class RunCheckpoint(ModelCheckpoint):
     """Keeps the newest checkpoint in `checkpoints` of the run's folder; `--ckpt_path last` finds it.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints; None writes one at the end of each epoch.
+        every_n_steps: Optimizer steps between two checkpoints; None writes one at the end of each epoch. There is
+            always one at the end of the run.
         keep: How many checkpoints are kept, at least 1; -1 keeps all.
     """
 
@@ -38,14 +39,24 @@ class RunCheckpoint(ModelCheckpoint):
         """Writes one if it is due."""
         if self._every_n_steps is None:
             super().on_train_epoch_end(trainer, pl_module)
-        elif trainer.global_step % self._every_n_steps == 0 and not self._should_skip_saving_checkpoint(trainer):
+        elif trainer.global_step % self._every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes the last one: the figures at the end of a run are those of its newest checkpoint."""
+        self._save(trainer)
+
+    def _save(self, trainer: Any) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):  # as if there is one of this step
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        # Lightning asks before `setup`, and would look for `last`, a link that a kill may leave pointing nowhere.
-        return {str(path) for path in _folder(trainer).glob("*.ckpt") if path.exists()}
+        # Lightning asks before `setup` has put the folder into the run's. A kill may leave the link pointing nowhere.
+        folder = _folder(trainer)
+        found = {path.name: str(path) for path in folder.glob("*.ckpt") if path.exists()}
+        return {found["last.ckpt"]} if "last.ckpt" in found else set(found.values())
 
 
 def _folder(trainer: Any) -> Path:

@@ -50,7 +50,7 @@ def load(path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
 
 
 def merge(below: Config, above: Config) -> Config:
-    """`above` over `below`, key by key. A part that `above` replaces (another `class_path`) keeps no argument of the old."""
+    """`above` over `below`, key by key; a part replaced by another `class_path` keeps no argument of the old."""
     if "class_path" in above and above["class_path"] != below.get("class_path"):
         return above
     merged = dict(below)
@@ -147,5 +147,6 @@ def path_of(config: Any, key: str, above: str = "") -> str:
             if found:
                 return found
     if isinstance(config, list):
-        return next((found for place, inner in enumerate(config) if (found := path_of(inner, key, f"{above}[{place}]"))), "")
+        found_in_items = (path_of(inner, key, f"{above}[{place}]") for place, inner in enumerate(config))
+        return next(filter(None, found_in_items), "")
     return ""

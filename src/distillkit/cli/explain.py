@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from distillkit.cli.configs import Config, path_of
 
-
 _REFUSED = re.compile(
     r"[Oo]ption '(?P<option>[\w.]+)'(?: is not accepted|$)|'?(?P<key>[\w.]+)'? is not expected"
     r"|unrecognized arguments: (?P<rest>--.*)"

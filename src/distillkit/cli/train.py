@@ -13,14 +13,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.logging import RichHandler
 
-import distillkit.callbacks  # its classes are found by their short names
+import distillkit.callbacks  # noqa: F401  its classes are found by their short names
 from distillkit.cli import configs
 from distillkit.cli.explain import Command, explain
 from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError
 from distillkit.models.student import Student
 from distillkit.module import DistillModule
-
 
 _command = Command()  # what this process was asked for: jsonargparse's messages don't say where a fault is
 
@@ -75,7 +74,9 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            config["ckpt_path"] = None  # where this session started from is not part of what the run is
+            self.parser.save(config, path, skip_unset=False, overwrite=True, multifile=False)
 
 
 class DistillCLI(LightningCLI):
@@ -101,7 +102,8 @@ class DistillCLI(LightningCLI):
         handler = RichHandler(show_path=False, show_level=False, log_time_format="[%X]")
         log = logging.getLogger("distillkit")
         log.handlers, log.propagate = [handler], False
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+        lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        lightning_log.addFilter(lambda record: "Tip:" not in record.getMessage())
         log.setLevel(logging.INFO if is_first_rank else logging.WARNING)
         root, resuming = Path(self._get(self.config, "trainer").default_root_dir), self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and is_first_rank and not resuming and (root / "config.yaml").exists():
@@ -115,5 +117,6 @@ class DistillCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger in (None, True):
             root = trainer.default_root_dir
-            kwargs["logger"] = [CSVLogger(root, name="csv", flush_logs_every_n_steps=1), TensorBoardLogger(root, name="tensorboard")]
+            table = CSVLogger(root, name="csv", flush_logs_every_n_steps=1)
+            kwargs["logger"] = [table, TensorBoardLogger(root, name="tensorboard")]
         return super().instantiate_trainer(**kwargs)

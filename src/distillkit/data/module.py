@@ -61,6 +61,8 @@ class DistillData(LightningDataModule):
         self.shuffle, self.seed = shuffle, seed
         self.prompts: dict[str, Prompts] = {}
         self._records: dict[str, list[Record]] = {}
+        self._loader: RoundLoader | None = None
+        self._resume_at: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Checks that the files are there and reads them, before any model is touched."""
@@ -80,7 +82,7 @@ class DistillData(LightningDataModule):
         self._read()
         wanted = {"validate": "val", "test": "test"}.get(stage, "train")
         if wanted not in self._records:
-            raise DataError(f"There are no prompts to {stage} with: set data.{wanted}.")
+            raise DataError(f"data.{wanted} is missing: there are no prompts to work on.")
         module, trainer = self._module(), self.trainer
         if wanted == "train" and "val" not in self._records and trainer is not None:
             trainer.limit_val_batches = 0  # Lightning warns of an empty loader
@@ -106,11 +108,27 @@ class DistillData(LightningDataModule):
         """Batches of the module's current round."""
         module, trainer = self._module(), self.trainer
         assert trainer is not None
-        return RoundLoader(
+        self._loader = RoundLoader(
             self.prompts["train"], module.prepare_curation, module.curate, module.tokenizer.pad_token_id,
             self.batch_size, trainer.accumulate_grad_batches, module.curator.rounds, lambda: trainer.current_epoch,
             self.shuffle, self.seed, trainer.global_rank, trainer.world_size,
         )  # fmt: skip
+        if self._resume_at:
+            self._loader.load_state_dict(self._resume_at)
+            self._resume_at = {}
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch stands. Lightning saves the loader's own state too, but restores it too late.
+
+        It hands it to a loader that is made after the checkpoint is read, and the number of optimizer steps, which the
+        learning rate's schedule depends on, makes the loader before.
+        """
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The next loader goes on where the saved one stood."""
+        self._resume_at = state_dict
 
     def val_dataloader(self) -> FixedLoader:
         """Batches of the held-out prompts with their reference responses."""

@@ -37,7 +37,7 @@ class Validation:
         self._loaded_step = step
 
     def finish(self, module: LightningModule, student: Generator, prefix: str) -> None:
-        """Has the student answer, and logs the figures; those before training only if all of validation was run.
+        """Has the student answer, and logs the figures; those before training only if they are new and of all prompts.
 
         Args:
             module: Logs them.
@@ -45,7 +45,7 @@ class Validation:
             prefix: Put before each figure's name.
         """
         trainer = module.trainer
-        if trainer.sanity_checking and trainer.num_sanity_val_steps != float("inf"):
+        if trainer.sanity_checking and (trainer.num_sanity_val_steps != float("inf") or self.history):
             self.metrics.reset()
             return
         step = trainer.global_step or self._loaded_step  # Lightning restores the step for `fit` only
@@ -53,8 +53,8 @@ class Validation:
         self.metrics.answer(student, self._prompts[own], self._references[own], self.sampling)
         figures = {prefix + name: float(value) for name, value in self.metrics.compute().items()}
         self.history.append({"step": step} | figures)
-        if not trainer.sanity_checking:
-            module.log_dict(figures)
-            return
-        for logger in trainer.loggers:  # log_dict does nothing before training
-            logger.log_metrics(figures, step=step)
+        if trainer.sanity_checking:
+            for logger in trainer.loggers:  # log_dict does nothing before training
+                logger.log_metrics(figures, step=step)
+        else:  # a figure named `step` is the step that Lightning logs the others at, which it would take for 0
+            module.log_dict(figures if trainer.state.fn == "fit" else figures | {"step": float(step)})

@@ -36,7 +36,7 @@ class Writers:
         ranks: Ranks,
     ) -> None:
         self.models, self.tokenizer = models, tokenizer
-        self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0, which `once` means, and in the last one
+        self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
         self._teacher = ""
         self.generators: dict[str, Generator] = {}
         for name in models:

@@ -1,0 +1,75 @@
+"""The verbs on a run of tiny models."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tiny_runs import QUIET, command, save_models, write_config, write_prompts
+
+FIGURES = ("kl", "nll", "acceptance", "rouge_l")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of two steps, with its config file beside it."""
+    root = tmp_path_factory.mktemp("verbs")
+    teacher, student = save_models(root)
+    config = {
+        "trainer": QUIET | {
+            "default_root_dir": str(root / "run"), "max_epochs": 1,
+            "callbacks": [{"class_path": "RunCheckpoint"}, {"class_path": "Answers", "init_args": {"shown": 0}}],
+        },
+        "model": {
+            "student": {"source": student},
+            "teacher": {"class_path": "TransformersTeacher", "init_args": {"source": teacher, "dtype": "float32"}},
+            "loss": {"class_path": "SkewKL"},
+            "curator": {"class_path": "TeacherCurator", "init_args": {"sampling": {"max_new_tokens": 4}}},
+            "answers": {"temperature": 0.0, "max_new_tokens": 4},
+        },
+        "data": {
+            "train": write_prompts(root / "train.jsonl", 4), "val": write_prompts(root / "val.jsonl", 3),
+            "test": write_prompts(root / "test.jsonl", 2), "batch_size": 2,
+        },
+    }  # fmt: skip
+    write_config(root / "config.yaml", config)
+    assert command(["fit", "--config", str(root / "config.yaml")]) == 0
+    return root / "run"
+
+
+def logged(run: Path, version: int) -> list[dict[str, str]]:
+    with (run / "csv" / f"version_{version}" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measure(run: Path, verb: str) -> tuple[int, dict[str, str]]:
+    """What a verb logs of the newest checkpoint."""
+    before = len(list(run.glob("csv/version_*")))
+    assert command([verb, "--config", str(run.parent / "config.yaml"), "--ckpt_path", "last"]) == 0
+    (row,) = logged(run, before)
+    return int(row["step"]), row
+
+
+def test_validate_measures_the_checkpoint_as_training_did(run: Path) -> None:
+    last = [row for row in logged(run, 0) if row["val/kl"]][-1]
+    step, found = measure(run, "validate")
+    assert step == 2, "not 0, which is before training"
+    for name in FIGURES:
+        assert float(found[f"val/{name}"]) == pytest.approx(float(last[f"val/{name}"]), rel=1e-6)
+
+
+def test_test_measures_it_on_the_test_prompts(run: Path) -> None:
+    before = len((run / "answers.jsonl").read_text().splitlines())
+    step, found = measure(run, "test")
+    assert step == 2
+    assert {f"test/{name}" for name in FIGURES} <= found.keys()
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()[before:]]
+    assert len(answers) == 2
+    assert {answer["step"] for answer in answers} == {2}
+
+
+def test_a_finished_run_is_not_overwritten(run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert command(["fit", "--config", str(run.parent / "config.yaml")]) == 1
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
