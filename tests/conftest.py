@@ -1,7 +1,12 @@
 """What every test shares."""
 
+import os
+
 import pytest
 import torch
+
+# Lightning 2.6 calls what jsonargparse 4.49 deprecates; which of the warnings comes first depends on the tests' order.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

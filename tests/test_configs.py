@@ -12,6 +12,7 @@ import yaml
 from distillkit.cli import configs
 from distillkit.cli.main import main
 from distillkit.generators.in_process import TransformersGenerator
+from distillkit.types import Prompts, Response, Sampling
 from tiny_runs import save_models, write_prompts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,9 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     generate = TransformersGenerator.generate
-    monkeypatch.setattr(
-        TransformersGenerator, "generate", lambda self, prompts, s: generate(self, prompts, replace(s, max_new_tokens=4))
-    )
+
+    def short(self: TransformersGenerator, prompts: Prompts, sampling: Sampling) -> list[Response]:
+        return generate(self, prompts, replace(sampling, max_new_tokens=4))
+
+    monkeypatch.setattr(TransformersGenerator, "generate", short)
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +55,15 @@ def log_as_it_was() -> Iterator[None]:
 
 def step(folder: Path, root: Path, *files: Path, teacher: bool = True) -> list[dict[str, str]]:
     """One optimizer step of the config files on tiny models; what was logged."""
-    named = configs.merge({}, {})
+    named: configs.Config = {}
     for file in files:
         named = configs.merge(named, configs.load(file))
-    chosen = [] if named.get("model", {}).get("teacher") else ["--model.teacher=TransformersTeacher"]
+    chosen = [] if "teacher" in named["model"] else ["--model.teacher=TransformersTeacher"]
     arguments = [
         *(f"--config={file}" for file in files),
-        *(chosen + [f"--model.teacher.source={folder / 'teacher'}"] if teacher else []),
+        *([*chosen, f"--model.teacher.source={folder / 'teacher'}"] if teacher else []),
         f"--model.student.source={folder / 'student'}",
-        *(["--model.student.keep_layers=[0]"] if "keep_layers" in named.get("model", {}).get("student", {}) else []),
+        *(["--model.student.keep_layers=[0]"] if "keep_layers" in named["model"].get("student", {}) else []),
         f"--data.train={folder / 'train.jsonl'}",
         f"--data.val={folder / 'val.jsonl'}",
         "--data.batch_size=2",

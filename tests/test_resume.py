@@ -156,7 +156,7 @@ def assert_both_sessions_are_logged(resumed: Path, alone: Path, killed_after: in
     ("a round an epoch", 5),
     ("a round an epoch", 7),
     ("a round every two steps", 3),
-    ("a round every two steps", 5),
+    pytest.param("a round every two steps", 5, marks=pytest.mark.slow),
     ("dropout", 5),
 ])  # fmt: skip
 def test_a_run_killed_in_an_epoch_ends_as_if_nothing_had_happened(

@@ -231,7 +231,7 @@ def test_a_bad_csv_is_named_with_its_row(text, message):
         ("data.jsonl", b'{"prompt": "Hi"}\n{"prompt": "\xff"}\n', "line 2 is not UTF-8"),
         ("data.csv", b"prompt\nHi\n\xff\n", "is not UTF-8"),
         ("data.jsonl.gz", b'{"prompt": "Hi"}\n', "is damaged after line 0"),
-        ("data.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}\n' * 9)[:-9], "is damaged after line"),
+        ("data.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}\n' * 9, mtime=0)[:-9], "is damaged after line"),
         ("data.parquet", b'{"prompt": "Hi"}\n', "is not a readable Parquet file"),
     ],
 )

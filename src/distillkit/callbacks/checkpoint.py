@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from distillkit.errors import ConfigError
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps the newest checkpoint in `checkpoints` of the run's folder; `--ckpt_path last` finds it.
@@ -13,9 +15,16 @@ class RunCheckpoint(ModelCheckpoint):
         every_n_steps: Optimizer steps between two checkpoints; None writes one at the end of each epoch. There is
             always one at the end of the run.
         keep: How many checkpoints are kept, at least 1; -1 keeps all.
+
+    Raises:
+        ConfigError: If a number is out of range.
     """
 
     def __init__(self, every_n_steps: int | None = None, keep: int = 1) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigError(f"RunCheckpoint.every_n_steps must be at least 1, got {every_n_steps}.")
+        if keep < 1 and keep != -1:
+            raise ConfigError(f"RunCheckpoint.keep must be at least 1, or -1 for all, got {keep}.")
         monitor = "step" if keep > 1 else None
         super().__init__(
             filename="{step:07d}", auto_insert_metric_name=True, save_last="link", monitor=monitor, mode="max",
