@@ -53,8 +53,6 @@ NOT_RUN_HERE = {
     ),
 }
 
-IMAGES_TO_COME = {"docs/images/quickstart.png"}
-
 # The plugin of the README, as a distribution's folder holds it.
 PLUGIN = ("distillkit_hellinger.py", "pyproject.toml")
 
@@ -239,7 +237,7 @@ def test_links_lead_somewhere(page):
         if target.startswith(("http://", "https://")):
             continue
         path = ((ROOT / page).parent / target).resolve()
-        assert path.exists() or path.relative_to(ROOT).as_posix() in IMAGES_TO_COME, f"{page}: {target} does not exist"
+        assert path.exists(), f"{page}: {target} does not exist"
 
 
 def test_tests_that_pages_refer_to_exist():

@@ -95,7 +95,7 @@ def test_only_the_prompts_that_are_asked_for_are_tokenised(file):
 
 @pytest.mark.parametrize(("stage", "name"), [("validate", "val"), ("test", "test")])
 def test_a_stage_without_prompts_is_refused(stage, name, file):
-    with pytest.raises(DataError, match=rf"There are no prompts to {stage} with: set data\.{name}"):
+    with pytest.raises(DataError, match=rf"data\.{name} is missing: there are no prompts"):
         attached(DistillData(file), stage=stage)
 
 

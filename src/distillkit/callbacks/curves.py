@@ -50,7 +50,7 @@ def draw(series: Series, path: Path, title: str) -> None:
                 for place in (0, -1):
                     axes.annotate(
                         f"{scale * values[place]:.2f}", (steps[place], scale * values[place]),
-                        textcoords="offset points", xytext=(0, 6), ha="left" if place == 0 else "right",
+                        textcoords="offset points", xytext=(0, 7), ha="left" if place == 0 else "right",
                     )  # fmt: skip
         axes.margins(y=0.15)
         axes.set_ylim(bottom=0)

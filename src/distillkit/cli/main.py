@@ -1,6 +1,5 @@
 """The `distillkit` command: each verb imports what it needs, when it is used."""
 
-import os
 import sys
 
 from distillkit.errors import DistillKitError
@@ -31,8 +30,6 @@ def main(argv: list[str] | None = None) -> int:
 
             return plugins.run(rest)
         if verb in VERBS:
-            # Threads that spin while they wait cost up to tenfold where others use the cores; torch reads this once.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from distillkit.cli import train
 
             return train.run(verb, rest)
