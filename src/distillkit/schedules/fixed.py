@@ -51,7 +51,23 @@ class Constant(FixedSchedule):
         return self.constant
 
 
-class Linear(FixedSchedule):
+class _Ramp(FixedSchedule):
+    """Template: from `start` to `end` over a first share of training."""
+
+    def __init__(self, start: float, end: float, until: float = 1.0) -> None:
+        if not 0 < until <= 1:
+            raise ConfigError(
+                f"{type(self).__name__}.until must lie in (0, 1], a share of the optimizer steps, got {until}."
+            )
+        self.start, self.end, self.until = start, end, until
+        super().__init__()
+
+    def done(self, fraction: float) -> float:
+        """Share of the way, in [0, 1]."""
+        return min(fraction / self.until, 1.0)
+
+
+class Linear(_Ramp):
     """Straight from `start` to `end` over the first `until` of training, then constant.
 
     Args:
@@ -63,16 +79,12 @@ class Linear(FixedSchedule):
         ConfigError: If `until` is outside (0, 1].
     """
 
-    def __init__(self, start: float, end: float, until: float = 1.0) -> None:
-        self.start, self.end, self.until = start, end, _checked_until(type(self).__name__, until)
-        super().__init__()
-
     def at(self, fraction: float) -> float:
         """`start + (end − start) · fraction / until`, at most `end`."""
-        return self.start + (self.end - self.start) * min(fraction / self.until, 1.0)
+        return self.start + (self.end - self.start) * self.done(fraction)
 
 
-class Cosine(FixedSchedule):
+class Cosine(_Ramp):
     """Along half a cosine from `start` to `end` over the first `until` of training, then constant.
 
     Args:
@@ -84,13 +96,9 @@ class Cosine(FixedSchedule):
         ConfigError: If `until` is outside (0, 1].
     """
 
-    def __init__(self, start: float, end: float, until: float = 1.0) -> None:
-        self.start, self.end, self.until = start, end, _checked_until(type(self).__name__, until)
-        super().__init__()
-
     def at(self, fraction: float) -> float:
         """`end + (start − end) · (1 + cos(π · fraction / until)) / 2`."""
-        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * min(fraction / self.until, 1.0)))
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self.done(fraction)))
 
 
 class Piecewise(FixedSchedule):
@@ -123,9 +131,3 @@ class Piecewise(FixedSchedule):
             return below[-1][1]
         (left, start), (right, end) = below[-1], above[0]
         return start + (end - start) * (fraction - left) / (right - left)
-
-
-def _checked_until(name: str, until: float) -> float:
-    if not 0 < until <= 1:
-        raise ConfigError(f"{name}.until must lie in (0, 1], a share of the optimizer steps, got {until}.")
-    return until

@@ -1,0 +1,1 @@
+"""The α-β divergence of ABKD as a distillkit loss."""
