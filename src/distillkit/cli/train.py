@@ -75,7 +75,7 @@ class SaveConfig(SaveConfigCallback):
             path = Path(trainer.default_root_dir) / "config.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
             config = self.config.clone()
-            config["ckpt_path"] = None  # where this session started from is not part of what the run is
+            config["ckpt_path"] = None  # a checkpoint to go on from is not part of what the run is
             self.parser.save(config, path, skip_unset=False, overwrite=True, multifile=False)
 
 
