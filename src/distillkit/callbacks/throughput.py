@@ -9,7 +9,7 @@ from distillkit.types import Batch
 
 
 class Throughput(Callback):
-    """Logs `tokens/s`: response positions trained on per second and rank, validation and generation not counted."""
+    """Logs `train/tokens_per_s`: response positions trained on per second and rank; no validation, no generation."""
 
     def __init__(self) -> None:
         self._start = 0.0

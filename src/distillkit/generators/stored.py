@@ -38,8 +38,8 @@ class Ranks:
 class StoredGenerator(Generator):
     """Answers from the store, and has the rest written by another generator, each response once.
 
-    Prompts are divided into groups that depend on nothing but the prompts, and a group is written as one shard: a run
-    that was killed and resumed writes the same responses in the same batches.
+    Prompts are divided into groups that depend on nothing but the prompts and the number of ranks, and a group is
+    written as one shard: a run that was killed and resumed writes the same responses in the same batches.
 
     Args:
         writer: Name under which responses are stored: teacher, student, ...
