@@ -28,7 +28,7 @@ PARTS = {
     "curator": {"DatasetCurator", "PairedCurator", "StudentCurator", "TeacherCurator"},
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
     "generator": {"TransformersGenerator"},
-    "teacher": {"TransformersTeacher"},
+    "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": set(),
 }  # fmt: skip
 

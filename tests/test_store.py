@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_ranks_read_what_all_of_them_wrote(tmp_path):
 
 def killed_before_the_manifest(folder, monkeypatch, written):
     """Writes a shard and dies before a manifest names it."""
-    write = module._write_atomically
+    write = module.write_atomically
 
     def die(path, data):
         if path.suffix == ".json":
@@ -112,7 +113,7 @@ def killed_before_the_manifest(folder, monkeypatch, written):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_atomically", die)
+        patch.setattr(module, "write_atomically", die)
         with pytest.raises(KeyboardInterrupt):
             ResponseStore(folder).write(TEACHER, written)
 
@@ -136,7 +137,7 @@ def test_a_kill_in_the_middle_of_a_file_leaves_the_store_as_it_was(tmp_path, mon
     store = ResponseStore(tmp_path)
     store.write(TEACHER, responses("a"))
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", die)
+        patch.setattr(os, "fsync", die)
         with pytest.raises(KeyboardInterrupt):
             store.write(TEACHER, responses("bb"))
     again = ResponseStore(tmp_path)

@@ -136,7 +136,13 @@ class Teacher(ABC):
 
     @abstractmethod
     def setup(self, device: torch.device) -> None:
-        """Loads what it needs onto `device`. Called once per process; a second call does nothing."""
+        """Loads what it needs onto `device`; does nothing where that is loaded."""
+
+    def unload(self) -> None:  # noqa: B027 - most teachers stay
+        """Frees the memory of its model; the next `setup` loads it again."""
+
+    def prepare(self, rows: Sequence[Row]) -> None:  # noqa: B027 - most teachers have nothing to prepare
+        """Told the rows of a round before the first of them is trained on; every rank is told the same rows."""
 
     @abstractmethod
     def score(self, batch: Batch) -> Scores:
@@ -154,6 +160,14 @@ class Teacher(ABC):
     @abstractmethod
     def limit_vocab(self, size: int) -> None:
         """Cuts the scores to the first `size` tokens, those that both models share."""
+
+    def identity(self) -> str | None:
+        """Names its weights, as far as they are known without being loaded; None where they are not."""
+        return None
+
+    def fingerprint(self) -> str | None:
+        """A short name for exactly these weights, where it is known without the model; None where it is not."""
+        return None
 
     @property
     def model(self) -> nn.Module | None:

@@ -116,7 +116,8 @@ class DistillModule(LightningModule):
         store = ResponseStore(self.store or Path(trainer.default_root_dir) / "responses", trainer.global_rank)
         ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
         models = {"student": lambda: self.student, "teacher": lambda: getattr(self.teacher, "model", None)}
-        return Writers(self.generator, store, models, self.tokenizer, ranks)
+        known = (lambda: None) if self.teacher is None else self.teacher.fingerprint
+        return Writers(self.generator, store, models, self.tokenizer, ranks, known)
 
     def prepare_curation(self, prompts: Prompts) -> None:
         """Has everything written that is written once, for all prompts of the run."""
@@ -124,13 +125,18 @@ class DistillModule(LightningModule):
 
     def curate(self, prompts: Prompts) -> list[Row]:
         """The rows of a round."""
-        return list(self.curator.curate(prompts, self.writers.generators))
+        rows = list(self.curator.curate(prompts, self.writers.generators))
+        if self.teacher is not None and self.loss.needs_teacher:
+            self.teacher.prepare(rows)
+        return rows
 
     def held_out_rows(self, prompts: Prompts) -> list[Row]:
         """Reference responses to held-out prompts: the teacher's, or the data's if there is no teacher."""
         curator: Curator = DatasetCurator() if self.teacher is None else TeacherCurator(self.answers)
         rows = list(curator.curate(prompts, self.writers.generators))
         self.validation.refer_to(prompts, rows, self.tokenizer)
+        if self.teacher is not None:
+            self.teacher.prepare(rows)
         return rows
 
     def score(self, batch: Batch, with_teacher: bool = True) -> tuple[Scores, Scores | None]:

@@ -7,7 +7,6 @@ names does not exist.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from distillkit.errors import StoreError
+from distillkit.manifest import read_manifest, write_atomically
 from distillkit.types import Response, Sampling
 
 SCHEMA_VERSION = 1
@@ -67,11 +67,11 @@ class ResponseStore:
         self.folder = Path(folder)
         self.rank = rank
         self._manifest = self.folder / f"manifest-{rank:05d}.json"
-        self._shards: list[dict[str, Any]] = _read_manifest(self._manifest)
+        self._shards: list[dict[str, Any]] = _read_shards(self._manifest)
 
     def shards(self) -> list[dict[str, Any]]:
         """Every shard that a manifest names, with its provenance and counts."""
-        return [shard for path in sorted(self.folder.glob("manifest-*.json")) for shard in _read_manifest(path)]
+        return [shard for path in sorted(self.folder.glob("manifest-*.json")) for shard in _read_shards(path)]
 
     def read(self, provenance: Provenance) -> dict[str, Response]:
         """The responses of one provenance, by prompt id."""
@@ -105,12 +105,12 @@ class ResponseStore:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        _write_atomically(self.folder / name, sink.getvalue().to_pybytes())
+        write_atomically(self.folder / name, sink.getvalue().to_pybytes())
         tokens = sum(len(response.token_ids) for response in responses)
         entry = {"file": name, "key": provenance.key, **asdict(provenance)}
         self._shards.append(entry | {"responses": len(responses), "tokens": tokens})
         manifest = json.dumps({"schema": SCHEMA_VERSION, "shards": self._shards}, indent=1)
-        _write_atomically(self._manifest, manifest.encode())
+        write_atomically(self._manifest, manifest.encode())
 
     def _read_shard(self, name: str) -> dict[str, Response]:
         try:
@@ -126,24 +126,6 @@ class ResponseStore:
         }
 
 
-def _read_manifest(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:  # not JSON, or not even UTF-8
-        raise StoreError(f"{path} is not valid JSON ({error}): restore it or remove the store.") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA_VERSION:
-        raise StoreError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use another store folder.")
-    shards: list[dict[str, Any]] = manifest["shards"]
+def _read_shards(path: Path) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = read_manifest(path, SCHEMA_VERSION, "store").get("shards", [])
     return shards
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -5,6 +5,7 @@ p is the teacher and q the student, everywhere.
 """
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, overload
@@ -138,6 +139,12 @@ class Row:
     writer: str
     prompt_id: str
 
+    @property
+    def key(self) -> bytes:
+        """16 bytes that name the tokens and the mask: rows with the same key are scored alike."""
+        content = array("q", self.input_ids).tobytes() + bytes(self.response_mask)
+        return hashlib.blake2b(content, digest_size=16).digest()
+
 
 @dataclass
 class Batch:
@@ -153,6 +160,7 @@ class Batch:
         lengths: Number of such positions of each row, on the host.
         writer: Who wrote each row's response, on the host.
         pair: Number of the prompt that each row belongs to, within the batch.
+        keys: Hash of each row's tokens and mask, on the host: what is known of a row on disk is found by it.
         window: The micro-batches of the optimizer step that this one begins, itself first; None within a step.
     """
 
@@ -165,6 +173,7 @@ class Batch:
     lengths: tuple[int, ...]
     writer: tuple[str, ...]
     pair: tuple[int, ...]
+    keys: tuple[bytes, ...] = field(repr=False)
     window: "tuple[Batch, ...] | None" = field(default=None, repr=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -209,28 +218,59 @@ class Scores:
 
     Log-probabilities are made a slice at a time: `[N, V]` exists only if somebody asks for all of it.
 
+    A teacher that kept only its K most likely tokens has `support`: columns 0 to K−1 of its log-probabilities stand for
+    those tokens and column K for all others together. The student's are gathered into the same K+1 columns, so that a
+    divergence compares like with like, and both sum to 1.
+
     Args:
         hidden: `[N, D]` last hidden states, final norm applied.
         head: Makes logits `[n, V]` of hidden states `[n, D]`, cut to the vocabulary that both models share.
-        vocab: V, the number of tokens that the head scores.
+        vocab: V, the number of tokens that the head scores; K+1 with a support.
+        support: `[N, K]` token ids of the columns, or None where column v is token v.
+        own: `[N]` log-probability of each position's own token; given with a support, which may not contain it.
+        budget: Bytes that a loss may hold at once for log-probabilities; None for its own choice.
     """
 
     hidden: Tensor
     head: Head
     vocab: int
+    support: Tensor | None = None
+    own: Tensor | None = None
+    budget: int | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> "Scores":
         """Scores that stand for `[N, V]` logits as they are."""
         return cls(logits, LogitsHead(), logits.shape[-1])
 
+    @classmethod
+    def from_top_k(cls, log_probs: Tensor, support: Tensor, own: Tensor) -> "Scores":
+        """Scores of a teacher that kept its K most likely tokens.
+
+        Args:
+            log_probs: `[N, K+1]` log-probabilities of the tokens in `support`, then of all others together.
+            support: `[N, K]` token ids.
+            own: `[N]` log-probability of each position's own token.
+        """
+        return cls(log_probs, LogitsHead(), log_probs.shape[-1], support, own)
+
     def log_probs(self, part: slice = slice(None), temperature: float = 1.0) -> Tensor:
-        """Log-probabilities `[n, V]` of the positions in `part`, in float32 (float64 for float64 logits)."""
+        """Log-probabilities `[n, V]` of the positions in `part`, in float32 (float64 for float64 logits).
+
+        Raises:
+            ConfigError: If a teacher that kept only its most likely tokens is asked for another temperature than 1.
+        """
+        if self.support is not None and temperature != 1.0:
+            raise ConfigError(
+                f"A temperature of {temperature} needs the teacher's whole distribution, and its cache keeps the "
+                f"{self.support.shape[-1]} most likely tokens: use temperature 1, or a cache that keeps hidden states."
+            )
         return log_softmax(self.head(self.hidden[part]), temperature)
 
     def select(self, index: Tensor) -> "Scores":
         """The scores of the positions `index` `[n]`."""
-        return replace(self, hidden=self.hidden[index])
+        support, own = (None if kept is None else kept[index] for kept in (self.support, self.own))
+        return replace(self, hidden=self.hidden[index], support=support, own=own)
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:

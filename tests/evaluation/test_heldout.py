@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from distillkit.data.collate import collate
+from distillkit.evaluation import heldout
 from distillkit.evaluation.heldout import Answer, HeldOut
 from distillkit.interfaces import Generator
-from distillkit.losses import slicing
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling, Scores
 from gloo import run_ranks
 
@@ -62,9 +62,9 @@ def counted(parts, answers=("yes",), references=("yes",)):
     return held_out
 
 
-@pytest.mark.parametrize("slice_bytes", [slicing.SLICE_BYTES, 4 * VOCAB * 3], ids=["whole", "three at a time"])
-def test_figures_are_means_over_all_positions(slice_bytes, monkeypatch):
-    monkeypatch.setattr(slicing, "SLICE_BYTES", slice_bytes)
+@pytest.mark.parametrize("budget", [2**28, 4 * VOCAB * 8 * 3], ids=["whole", "three at a time"])
+def test_figures_are_means_over_all_positions(budget, monkeypatch):
+    monkeypatch.setattr(heldout, "default_budget", lambda _: budget)
     parts = [some_batch((5, 2)), some_batch((1, 0, 7), seed=1)]
     found = counted(parts).compute()
     expected = by_hand(parts)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL, GeneralizedJSD, SkewReverseKL, TotalVariation, slicing
 from distillkit.losses.likelihood import target_log_probs
-from distillkit.losses.slicing import positions_per_slice, row_slices, slices
+from distillkit.losses.slicing import row_slices, slices
 from distillkit.schedules import AdaptiveAlpha
 from distillkit.testing import make_batch
 from distillkit.types import Progress, Scores, Summary
@@ -41,7 +41,7 @@ def slice_of(monkeypatch):
     """Sets how many positions a slice holds."""
 
     def set_to(num_positions):
-        monkeypatch.setattr(slicing, "SLICE_BYTES", 4 * V * num_positions)
+        monkeypatch.setattr(slicing.Sliced, "positions", num_positions)
 
     return set_to
 
@@ -112,7 +112,7 @@ def test_distillm2_gives_the_same_in_one_pass_in_two_and_as_a_whole(slice_of):
     expected = value_and_gradients(whole.total @ both, student)
     for size, num_student_slices in ((1, None), (3, None), (4, 3), (5, 2), (8, 1)):
         slice_of(size)
-        parts = row_slices((1, 4, 3), V)  # the student's rows; None if the gaps need a pass of their own
+        parts = row_slices((1, 4, 3), size)  # the student's rows; None if the gaps need a pass of their own
         assert num_student_slices == (None if parts is None else len(parts))
         part = loss(student(), teacher(), BATCH)
         assert_same(value_and_gradients(part.total @ both, student), expected)
@@ -185,16 +185,14 @@ def test_a_half_precision_heads_gradient_is_summed_in_float32(slice_of):
     assert head.weight.grad.float().flatten().tolist() == pytest.approx(expected, rel=1 / 128)
 
 
-def test_slices_cover_the_positions_in_order(slice_of):
-    slice_of(4)
-    assert slices(10, V) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert slices(0, V) == []
-    assert positions_per_slice(10**12) == 1  # a slice holds a position, however large the vocabulary
+def test_slices_cover_the_positions_in_order():
+    assert slices(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert slices(10, 9) == [slice(0, 5), slice(5, 10)]  # as equal as they can be
+    assert slices(0, 4) == []
 
 
-def test_row_slices_never_cut_a_row(slice_of):
-    slice_of(4)
-    assert row_slices((3, 1, 2, 2, 4), V) == [slice(0, 4), slice(4, 8), slice(8, 12)]
-    assert row_slices((3, 2), V) == [slice(0, 3), slice(3, 5)]
-    assert row_slices((4, 5), V) is None
-    assert row_slices((), V) == []
+def test_row_slices_never_cut_a_row():
+    assert row_slices((3, 1, 2, 2, 4), 4) == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert row_slices((3, 2), 4) == [slice(0, 3), slice(3, 5)]
+    assert row_slices((4, 5), 4) is None
+    assert row_slices((), 4) == []

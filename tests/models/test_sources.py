@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from distillkit.errors import ModelError
 from distillkit.fetch import cache_dir
 from distillkit.models import sources
-from distillkit.models.sources import check, prepare
+from distillkit.models.sources import check, identity, prepare
 from tiny import save_tiny, tiny_model
 
 PIN = "0" * 64
@@ -158,3 +161,45 @@ def test_a_prepared_folder_loads_as_the_model(gguf, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(prepare(str(gguf)))
     expected = tiny_model()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_the_identity_of_a_folder_follows_its_weights_and_not_its_tokenizer(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    first = identity(str(folder))
+    assert identity(str(folder)) == first
+    assert str(folder) in first
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert identity(str(folder)) == first
+    for name in ("config.json", "model.safetensors"):
+        stat = (folder / name).stat()
+        os.utime(folder / name, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        assert identity(str(folder)) != first
+        first = identity(str(folder))
+    assert identity(str(save_tiny(tmp_path / "copy"))) != first
+    (folder / "model.safetensors").unlink()
+    assert identity(str(folder)) is None
+
+
+def test_the_identity_of_a_gguf_file_is_its_content(gguf, tmp_path):
+    (tmp_path / "copy.gguf").write_bytes(gguf.read_bytes())
+    assert identity(str(gguf)) == identity(str(tmp_path / "copy.gguf"))
+    assert not cache_dir().exists(), "nothing is converted for it"
+    gguf.write_bytes(b"GGUF and some more")
+    assert identity(str(gguf)) != identity(str(tmp_path / "copy.gguf"))
+
+
+def test_the_identity_of_a_file_in_a_wheel_is_its_source():
+    source = f"wheel:a==1/b.gguf#sha256={PIN}"
+    assert identity(source) == source
+
+
+def test_the_identity_of_a_hub_model_has_its_commit(tmp_path):
+    snapshots = tmp_path / "hub" / "models--org--name" / "snapshots"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    save_tiny(snapshots / commit)
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text(commit)
+    code = "from distillkit.models.sources import identity; print(identity('org/name'))"
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == f"org/name@{commit}"

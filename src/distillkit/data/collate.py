@@ -46,6 +46,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         lengths=found.lengths,
         writer=tuple(row.writer for row in rows),
         pair=tuple(pairs.setdefault(row.prompt_id, len(pairs)) for row in rows),
+        keys=tuple(row.key for row in rows),
     )
 
 

@@ -10,8 +10,12 @@ from torchmetrics.functional.text.rouge import rouge_score
 
 from distillkit import divergences
 from distillkit.interfaces import Generator
-from distillkit.losses.slicing import slices
+from distillkit.losses.budget import default_budget
+from distillkit.losses.slicing import gathered, own_log_probs, slices
 from distillkit.types import Batch, Prompts, Sampling, Scores
+
+_TENSORS = 8
+"""`[n, V]` tensors that are alive at once."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class HeldOut(nn.Module):
     `kl` is KL(p‖q) in nats per token, `nll` the student's −log q of the reference responses in nats per token,
     `acceptance` the expected acceptance Σ min(p, q) of a token that the student drafts (Leviathan et al. 2022, arXiv
     2211.17192), `rouge_l` the ROUGE-L F-measure in percent of the student's greedy answers against the reference (Lin
-    2004). Without a teacher only `nll` and `rouge_l` are given.
+    2004). Without a teacher only `nll` and `rouge_l` are given. A teacher that kept its K most likely tokens gives
+    bounds: `kl` is at most, and `acceptance` at least, what the whole distribution would give.
     """
 
     def __init__(self) -> None:
@@ -41,11 +46,14 @@ class HeldOut(nn.Module):
     def update(self, student: Scores, teacher: Scores | None, batch: Batch) -> None:
         """Counts in the positions of a batch."""
         # A rank without positions takes part in the reduction, so it counts in none.
-        for part in slices(student.hidden.shape[0], student.vocab) or [slice(0, 0)]:
+        step = max(1, default_budget(student.hidden.device) // (_TENSORS * 4 * student.vocab))
+        for part in slices(student.hidden.shape[0], step) or [slice(0, 0)]:
             logq = student.log_probs(part)
-            self.nll.update(-logq.gather(-1, batch.targets[part, None]).double())
+            self.nll.update(-own_log_probs(logq, batch.targets[part]).double())
             if teacher is not None:
                 logp = teacher.log_probs(part)
+                if teacher.support is not None:
+                    logq = gathered(logq, teacher.support[part])
                 self.kl.update(divergences.kl(logp, logq).double())
                 self.acceptance.update(divergences.overlap(logp, logq).double())
 

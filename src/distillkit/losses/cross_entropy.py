@@ -4,8 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from distillkit import gradients
 from distillkit.interfaces import Loss
-from distillkit.losses.slicing import sliced_total, slices
+from distillkit.losses.slicing import Sliced, own_log_probs
 from distillkit.losses.token import checked_reduction, count_units, position_weights
 from distillkit.types import Batch, LossOutput, Reduction, Scores
 
@@ -28,15 +29,17 @@ class CrossEntropy(Loss):
 
     def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
         """Σ weight · −log q(y) over the batch's positions."""
+
+        def values(_: None, logq: Tensor, targets: Tensor) -> Tensor:
+            return -own_log_probs(logq, targets)
+
+        def gradient(_: None, logq: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            return gradients.cross_entropy(logq, targets)
+
+        sliced = Sliced(self, student, None, values, gradient)
         weights = position_weights(batch, self.reduction)
-
-        def part_of_total(_: Tensor | None, logq: Tensor, part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-            values = -logq.gather(-1, batch.targets[part, None]).squeeze(-1)
-            return (values * weights[part].to(values.dtype)).sum(), (values.detach(),)
-
-        parts = slices(student.hidden.shape[0], student.vocab)
-        total, (values,) = sliced_total(part_of_total, student, None, parts)
-        return LossOutput(total, self.units(batch).to(total.device), {"nll": values})
+        total, (nll,) = sliced.sum(weights, extra=lambda part, *_: ((batch.targets[part],), ()))
+        return LossOutput(total, self.units(batch).to(total.device), {"nll": nll})
 
     def units(self, batch: Batch) -> Tensor:
         """Number of responses or of positions, as `reduction` says."""

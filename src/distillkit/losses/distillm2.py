@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distillkit import divergences
+from distillkit import divergences, gradients
 from distillkit.interfaces import Loss, Schedule
 from distillkit.losses.likelihood import target_log_probs
-from distillkit.losses.slicing import row_slices, sliced_total, slices
+from distillkit.losses.slicing import Sliced, row_slices
 from distillkit.losses.token import checked_reduction, checked_share, count_units, position_weights
 from distillkit.schedules import AdaptiveAlpha, Constant, Linear
 from distillkit.types import Batch, LossOutput, Progress, Reduction, Scores, Summary
@@ -82,44 +82,54 @@ class DistiLLM2(Loss):
 
     def _term(self, side: str, student: Scores, teacher: Scores, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One side's total, and the values of its rows."""
-        lengths = _lengths(batch, side)
-        kept = [length for length in lengths if length]
+        lengths = [length for length in _lengths(batch, side) if length]
         index = _positions(batch, side)
         student, teacher = student.select(index), teacher.select(index)
         targets, weights = batch.targets[index], position_weights(batch, self.reduction)[index]
-        host_rows = torch.repeat_interleave(torch.tensor(kept, dtype=torch.long))  # [n], from 0
+        host_rows = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long))  # [n], from 0
         rows = host_rows.to(index.device, non_blocking=True)
+        schedule = self.alpha_teacher if side == "teacher" else self.alpha_student
         gaps: Tensor | None = None
-        parts = row_slices(kept, student.vocab)
-        if parts is None:  # a row is longer than a slice: its gap needs a pass of its own
-            parts = slices(len(rows), student.vocab)
-            with torch.no_grad():
-                own_p, own_q = (target_log_probs(scores, targets) for scores in (teacher, student))
-            gaps = _gap(side, own_p, own_q, rows, len(kept))
 
-        def part_of_total(logp: Tensor | None, logq: Tensor, part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-            assert logp is not None
+        def skew(
+            part: slice, own_p: Tensor | None, own_q: Tensor | None
+        ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            """α of each position `[n]`; the gap and α of the slice's rows."""
             local, gap = rows[part], gaps
             if gap is None:  # the slice holds whole rows
-                here = torch.unique_consecutive(host_rows[part])
-                own = targets[part, None]
-                own_p, own_q = (scores.detach().gather(-1, own).squeeze(-1) for scores in (logp, logq))
-                local = local - (int(here[0]) if len(here) else 0)
-                gap = _gap(side, own_p, own_q, local, len(here))
-            alpha = (self.alpha_teacher if side == "teacher" else self.alpha_student).for_rows(gap)
-            values = self._divergence(side, logp, logq, alpha[local])
-            total = (values * weights[part].to(values.dtype)).sum()
-            return total, (values.detach(), gap, alpha)
+                of_slice = torch.unique_consecutive(host_rows[part])
+                local = local - (int(of_slice[0]) if len(of_slice) else 0)
+                gap = _gap(side, own_p, own_q, local, len(of_slice))
+            alpha = schedule.for_rows(gap)
+            return (alpha[local],), (gap, alpha)
 
-        total, (values, gap, alpha) = sliced_total(part_of_total, student, teacher, parts)
+        def values(logp: Tensor, logq: Tensor, alpha: Tensor) -> Tensor:
+            return self._divergence(side, logp, logq, alpha)
+
+        def gradient(logp: Tensor, logq: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+            return self._gradient(side, logp, logq, alpha)
+
+        sliced = Sliced(self, student, teacher, values, gradient, targets)
+        parts = row_slices(lengths, sliced.positions)
+        if parts is None:  # a row is longer than a slice: its gap needs a pass of its own
+            with torch.no_grad():
+                own_p, own_q = (target_log_probs(scores, targets) for scores in (teacher, student))
+            gaps = _gap(side, own_p, own_q, rows, len(lengths))
+            sliced.targets = None
+        total, (found, gap, alpha) = sliced.sum(weights, parts, skew)
         if gaps is not None:
-            gap, alpha = gap[: len(kept)], alpha[: len(kept)]
-        return total, {"divergence": values, "gap": gap, "alpha": alpha, **self._reference(side)}
+            gap, alpha = gap[: len(lengths)], alpha[: len(lengths)]
+        return total, {"divergence": found, "gap": gap, "alpha": alpha, **self._reference(side)}
 
     def _divergence(self, side: str, logp: Tensor, logq: Tensor, alpha: Tensor) -> Tensor:
         if side == "teacher":
             return divergences.skl(logp, logq, alpha)
         return divergences.srkl(logp, logq, alpha, self.detach_mixture)
+
+    def _gradient(self, side: str, logp: Tensor, logq: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        if side == "teacher":
+            return gradients.skl(logp, logq, alpha)
+        return gradients.srkl(logp, logq, alpha, self.detach_mixture)
 
     def _reference(self, side: str) -> dict[str, Tensor]:
         alpha = self.alpha_teacher if side == "teacher" else self.alpha_student
@@ -139,8 +149,10 @@ def _positions(batch: Batch, side: str) -> Tensor:
     return index.to(batch.rows.device, non_blocking=True)
 
 
-def _gap(side: str, logp: Tensor, logq: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+def _gap(side: str, logp: Tensor | None, logq: Tensor | None, rows: Tensor, num_rows: int) -> Tensor:
     """Gap g of each row, `[R]`: its writer's length-normalised likelihood minus the other model's."""
+    assert logp is not None
+    assert logq is not None
     counts = logp.new_zeros(num_rows).index_add(0, rows, torch.ones_like(logp)).clamp_min(1)
     p, q = ((logp.new_zeros(num_rows).index_add(0, rows, own) / counts).exp() for own in (logp, logq))
     return p - q if side == "teacher" else q - p

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distillkit import divergences
+from distillkit import divergences, gradients
 from distillkit.errors import ConfigError
 from distillkit.losses.token import TokenLoss
 from distillkit.types import Reduction
@@ -42,3 +42,7 @@ class GeneralizedJSD(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`divergences.jsd`."""
         return divergences.jsd(logp, logq, self.beta)
+
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.jsd`."""
+        return gradients.jsd(logp, logq, self.beta)

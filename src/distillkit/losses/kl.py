@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distillkit import divergences
+from distillkit import divergences, gradients
 from distillkit.losses.token import TokenLoss, checked_share
 from distillkit.types import Reduction
 
@@ -17,6 +17,10 @@ class ForwardKL(TokenLoss):
         """`divergences.kl`."""
         return divergences.kl(logp, logq)
 
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.kl`."""
+        return gradients.kl(logp, logq)
+
 
 class ReverseKL(TokenLoss):
     """Reverse KL, KL(q‖p) = Σ q (log q − log p): the student avoids what the teacher would not say.
@@ -27,6 +31,10 @@ class ReverseKL(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`divergences.rkl`."""
         return divergences.rkl(logp, logq)
+
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.rkl`."""
+        return gradients.rkl(logp, logq)
 
 
 class JeffreysKL(TokenLoss):
@@ -57,3 +65,7 @@ class JeffreysKL(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`divergences.jeffreys`."""
         return divergences.jeffreys(logp, logq, self.weight)
+
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.jeffreys`."""
+        return gradients.jeffreys(logp, logq, self.weight)

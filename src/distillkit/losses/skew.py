@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distillkit import divergences
+from distillkit import divergences, gradients
 from distillkit.losses.token import TokenLoss, checked_share
 from distillkit.types import Reduction
 
@@ -35,6 +35,10 @@ class SkewKL(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`divergences.skl`."""
         return divergences.skl(logp, logq, self.alpha)
+
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.skl`."""
+        return gradients.skl(logp, logq, self.alpha)
 
 
 class SkewReverseKL(TokenLoss):
@@ -69,3 +73,7 @@ class SkewReverseKL(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`divergences.srkl`."""
         return divergences.srkl(logp, logq, self.alpha, self.detach_mixture)
+
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.srkl`."""
+        return gradients.srkl(logp, logq, self.alpha, self.detach_mixture)

@@ -1,6 +1,10 @@
 """Runs a loss over response positions a slice at a time, so that its memory does not grow with N·V.
 
-Letters: N response positions, n positions of a slice, V vocabulary, D hidden width.
+A slice is what the heads turn into log-probabilities at once: two `[n, V]` tensors, written over in each slice. Within
+it the loss sees a block of positions at a time, few enough on the CPU that what it makes of them stays in the cache.
+
+Letters: N response positions, n positions of a slice, m of a block, V vocabulary, C columns of the log-probabilities
+that a loss sees (V, or K+1 where the teacher kept its K most likely tokens), D hidden width.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,35 +13,189 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillkit.types import Scores
+from distillkit.heads import HeadPass
+from distillkit.losses.budget import Budget
+from distillkit.types import Scores, log_softmax
 
-SLICE_BYTES = 64 * 2**20
-"""Aim for one float32 `[n, V]` tensor of a slice. A loss holds a handful of them at once."""
-
-SliceLoss = Callable[[Tensor | None, Tensor, slice], tuple[Tensor, tuple[Tensor, ...]]]
-"""From `logp [n, V]` (None without a teacher), `logq [n, V]` and the slice of positions that they belong to: the part
-of the total `[]` that the slice has, and detached values of it, each `[m]`."""
-
-
-def positions_per_slice(vocab: int) -> int:
-    """How many positions fit into a slice for a vocabulary of `vocab` tokens, at least 1."""
-    return max(1, SLICE_BYTES // (4 * vocab))
-
-
-def slices(num_positions: int, vocab: int) -> list[slice]:
-    """Slices of equal size over `num_positions` positions."""
-    step = positions_per_slice(vocab)
-    return [slice(start, min(start + step, num_positions)) for start in range(0, num_positions, step)]
+Values = Callable[..., Tensor]
+"""From `logp [m, C]` (None without a teacher), `logq [m, C]` and what belongs to the positions: values `[m]`, with a
+graph by `logq`."""
+Gradient = Callable[..., tuple[Tensor, Tensor]]
+"""From the same: values `[m]` and their gradient by the student's logits `[m, C]`. It may overwrite its arguments."""
+Extra = Callable[[slice, Tensor | None, Tensor | None], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+"""From the place of a slice and its own tokens' log-probabilities by teacher and student, `[n]` each: what is handed to
+the loss with the positions, `[n, ...]` each, and what is reported, `[r]` each."""
 
 
-def row_slices(lengths: Sequence[int], vocab: int) -> list[slice] | None:
-    """Slices that never cut a row, or None if a row is longer than a slice.
+def _nothing(*_: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return (), ()
+
+
+class Sliced:
+    """Sums a loss over the N positions of a batch, with the gradient of the student's hidden states and head.
+
+    The gradient of each slice is taken while its log-probabilities exist, and they are written over by the next slice:
+    peak memory is that of one slice plus `[N, D]` and the head's own gradient. Slices and blocks are as large as
+    `student.budget` bytes allow, by what the loss is seen to need.
+
+    Args:
+        owner: The loss, whose need of memory is measured once.
+        student: Scores of N positions, with a graph where a gradient is wanted.
+        teacher: Scores of the same positions, or None if the loss does without.
+        values: What is summed.
+        gradient: The same with its gradient, where that is known; used unless the teacher has a support.
+        targets: `[N]` own token of each position; None if `extra` does not read their log-probabilities.
+        temperature: Divides both models' logits.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        student: Scores,
+        teacher: Scores | None,
+        values: Values,
+        gradient: Gradient | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.student, self.teacher, self.targets, self.temperature = student, teacher, targets, temperature
+        self.support = None if teacher is None else teacher.support
+        self.values, self.gradient = values, gradient if self.support is None else None
+        self.hidden = student.hidden.detach()
+        self.head = HeadPass(student.head, self.hidden)
+        self.teacher_head = None if teacher is None or self.support is not None else HeadPass(teacher.head, self.hidden)
+        self.with_grad = torch.is_grad_enabled() and (student.hidden.requires_grad or bool(self.head.leaves))
+        self.budget = Budget(owner, student, 1 if self.teacher_head is None else 2)
+        self.reported: list[tuple[Tensor, ...]] = []
+        self._buffers: list[Tensor] = []
+
+    @property
+    def positions(self) -> int:
+        """Most positions in a slice."""
+        return self.budget.positions
+
+    def sum(
+        self, weights: Tensor, parts: Sequence[slice] | None = None, extra: Extra = _nothing
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Σ weight · value.
+
+        Args:
+            weights: `[N]` weight of each position.
+            parts: Slices that cover the positions, in order; None cuts them into equal ones.
+            extra: What each slice hands to the loss besides log-probabilities.
+
+        Returns:
+            The total `[]` with a graph (also without any position), and the values `[N]` with what was reported.
+        """
+        self.weights, self.extra = weights, extra
+        self.parts = slices(len(self.hidden), self.positions) if parts is None else parts
+        if self.with_grad:
+            leaves = self.head.leaves
+            total: Tensor = _SlicedTotal.apply(self, self.student.hidden, *leaves)  # type: ignore[no-untyped-call]
+        else:
+            total = self.run()[0]
+        return total, tuple(torch.cat(found) for found in zip(*self.reported, strict=True))
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The total, and its gradient by the hidden states; those of the head's parameters are in `head`."""
+        total = torch.zeros((), dtype=self.head.wide, device=self.hidden.device)
+        grad = torch.zeros_like(self.hidden) if self.with_grad else total
+        if self.with_grad:
+            self.head.start()
+        # Without a position one empty slice is looked at: the number of what is reported doesn't depend on the batch.
+        for part in self.parts or [slice(0, 0)]:
+            by_logits = self._slice(part, total)
+            if self.with_grad and len(by_logits):
+                grad[part] = self.head.backward(by_logits)
+        self._buffers = []
+        return total, grad
+
+    def _slice(self, part: slice, total: Tensor) -> Tensor:
+        """Adds a slice to the total, and gives the gradient by its logits `[n, V]`."""
+        logits = self.head.logits(self.hidden[part], self._buffer(0, part), self.with_grad)
+        with torch.no_grad():
+            logp = self._teacher(part)
+            own_p, own_q = self._own(part, logp, logits)
+            extra, reported = self.extra(part, own_p, own_q)
+            weights, values = self.weights[part].to(logits.dtype), torch.empty_like(logits[:, 0])
+            one = slice(0, 1)
+            copies = None if logp is None else logp[one].clone(), logits[one].clone()
+            size = self.budget.block(lambda: self._block(part, one, *copies, extra, weights)) if len(logits) else 1
+            for block in slices(len(logits), size):
+                values[block] = self._block(part, block, logp, logits, extra, weights)
+            total += (values * weights).sum()
+        self.reported.append((values, *reported))
+        return logits
+
+    def _block(
+        self, part: slice, block: slice, logp: Tensor | None, logits: Tensor, extra: tuple[Tensor, ...], weights: Tensor
+    ) -> Tensor:
+        """Values of a block `[m]`; its logits become their weighted gradient."""
+        given, here = None if logp is None else logp[block], logits[block]
+        others = tuple(own[block] for own in extra)
+        if self.with_grad and self.gradient is not None:
+            values, grad = self.gradient(given, log_softmax(here, self.temperature), *others)
+            torch.mul(grad, (weights[block] / self.temperature)[:, None], out=here)
+            return values
+        with torch.set_grad_enabled(self.with_grad):
+            leaf = here.detach().requires_grad_(self.with_grad)
+            logq = log_softmax(leaf, self.temperature)
+            if self.support is not None:
+                logq = gathered(logq, self.support[part][block])
+            values = self.values(given, logq, *others)
+            if self.with_grad:
+                weighted = (values * weights[block]).sum()
+                found = torch.autograd.grad(weighted, leaf)[0] if weighted.requires_grad else torch.zeros_like(leaf)
+                here.copy_(found)
+        return values.detach()
+
+    def _teacher(self, part: slice) -> Tensor | None:
+        """The teacher's log-probabilities `[n, C]`."""
+        if self.teacher is None:
+            return None
+        if self.teacher_head is None:
+            return self.teacher.log_probs(part, self.temperature)
+        logp = self.teacher_head.logits(self.teacher.hidden[part], self._buffer(1, part))
+        for block in slices(len(logp), self.budget.cached):
+            logp[block] = log_softmax(logp[block], self.temperature)
+        return logp
+
+    def _own(self, part: slice, logp: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probabilities `[n]` of the positions' own tokens, by the teacher and by the student."""
+        if self.targets is None:
+            return None, None
+        targets = self.targets[part]
+        own_q = torch.empty_like(logits[:, 0])
+        for block in slices(len(logits), self.budget.cached):
+            own_q[block] = own_log_probs(log_softmax(logits[block], self.temperature), targets[block])
+        if self.teacher is not None and self.teacher.own is not None:
+            return self.teacher.own[part].to(own_q.dtype), own_q
+        return None if logp is None else own_log_probs(logp, targets), own_q
+
+    def _buffer(self, place: int, part: slice) -> Tensor:
+        """`[n, V]` room for a slice, the same in each."""
+        rows = part.stop - part.start
+        while len(self._buffers) <= place:
+            largest = max([own.stop - own.start for own in self.parts], default=0)
+            shape = (largest, self.student.vocab)
+            self._buffers.append(torch.empty(shape, dtype=self.head.wide, device=self.hidden.device))
+        return self._buffers[place][:rows]
+
+
+def slices(num_positions: int, step: int) -> list[slice]:
+    """Slices of `step` positions over `num_positions`, the last one shorter; as equal as they can be."""
+    count = -(-num_positions // step)
+    size = -(-num_positions // count) if count else 1
+    return [slice(start, min(start + size, num_positions)) for start in range(0, num_positions, size)]
+
+
+def row_slices(lengths: Sequence[int], step: int) -> list[slice] | None:
+    """Slices of at most `step` positions that never cut a row, or None if a row is longer than that.
 
     Args:
         lengths: Number of positions of each row, in the positions' order.
-        vocab: V, which the size of a slice depends on.
+        step: Most positions in a slice.
     """
-    step = positions_per_slice(vocab)
     if any(length > step for length in lengths):
         return None
     parts, start, end = [], 0, 0
@@ -49,100 +207,32 @@ def row_slices(lengths: Sequence[int], vocab: int) -> list[slice] | None:
     return [*parts, slice(start, end)] if end > start else parts
 
 
-def sliced_total(
-    loss: SliceLoss,
-    student: Scores,
-    teacher: Scores | None,
-    parts: Sequence[slice],
-    temperature: float = 1.0,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Sum of `loss` over slices, with the gradient of the student's hidden states and head.
-
-    The gradient of each slice is taken while its log-probabilities exist, and they are freed before the next slice:
-    peak memory is that of one slice plus `[N, D]` and the head's own gradient. This is why `loss` gives a sum whose
-    weights are known in advance.
-
-    Args:
-        loss: What is summed.
-        student: Scores of N positions, with a graph where a gradient is wanted.
-        teacher: Scores of the same positions, or None if `loss` does without.
-        parts: Slices that cover the positions, in order.
-        temperature: Divides both models' logits.
-
-    Returns:
-        The total `[]` with a graph (also without any position), and each detached value, concatenated over the slices.
-    """
-    parameters = [parameter for parameter in student.head.parameters() if parameter.requires_grad]
-    job = _Job(loss, student, teacher, parts, temperature, parameters)
-    if torch.is_grad_enabled() and (student.hidden.requires_grad or parameters):
-        total: Tensor = _SlicedTotal.apply(job, student.hidden, *parameters)  # type: ignore[no-untyped-call]
-    else:
-        total = job.run(with_grad=False)[0]
-    return total, tuple(torch.cat(values) for values in zip(*job.values, strict=True))
+def own_log_probs(logs: Tensor, targets: Tensor) -> Tensor:
+    """`[n]` entries of `[n, V]` at the token ids `targets` `[n]`."""
+    return logs.gather(-1, targets[:, None]).squeeze(-1)
 
 
-class _Job:
-    """One call of `sliced_total`."""
-
-    def __init__(
-        self,
-        loss: SliceLoss,
-        student: Scores,
-        teacher: Scores | None,
-        parts: Sequence[slice],
-        temperature: float,
-        parameters: list[Tensor],
-    ) -> None:
-        self.loss, self.student, self.teacher, self.parts = loss, student, teacher, parts
-        self.temperature, self.parameters = temperature, parameters
-        self.values: list[tuple[Tensor, ...]] = []
-
-    def run(self, with_grad: bool) -> tuple[Tensor, list[Tensor]]:
-        """The total, and its gradients by the hidden states and each parameter of the head."""
-        hidden = self.student.hidden.detach()
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        # A head in half precision would lose small parts of its gradient in the sum over slices.
-        wide = [torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters]
-        grads = [torch.zeros_like(hidden)] if with_grad else []
-        if with_grad:
-            grads += [torch.zeros_like(own, dtype=dtype) for own, dtype in zip(self.parameters, wide, strict=True)]
-        for part in self.parts:
-            with torch.no_grad():
-                logp = None if self.teacher is None else self.teacher.log_probs(part, self.temperature)
-            with torch.set_grad_enabled(with_grad):
-                leaf = hidden[part].requires_grad_(with_grad)
-                logq = Scores(leaf, self.student.head, self.student.vocab).log_probs(temperature=self.temperature)
-                value, details = self.loss(logp, logq, part)
-            total += value.detach()
-            self.values.append(details)
-            if with_grad and value.requires_grad:
-                found = torch.autograd.grad(value, (leaf, *self.parameters), allow_unused=True)
-                _accumulate(grads, found, part)
-        if not self.parts:  # the names and number of the values don't depend on the batch
-            empty = hidden.new_zeros((0, self.student.vocab), dtype=total.dtype)
-            self.values.append(self.loss(None if self.teacher is None else empty, empty, slice(0, 0))[1])
-        return total, grads
-
-
-def _accumulate(grads: list[Tensor], found: Sequence[Tensor | None], part: slice) -> None:
-    hidden, *rest = found
-    if hidden is not None:
-        grads[0][part] = hidden
-    for grad, more in zip(grads[1:], rest, strict=True):
-        if more is not None:
-            grad += more
+def gathered(logq: Tensor, support: Tensor) -> Tensor:
+    """`[n, K+1]` log-probabilities of the tokens in `support` `[n, K]`, then of all others of `[n, V]` together."""
+    rest = logq.scatter(-1, support, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logq.gather(-1, support), rest], dim=-1)
 
 
 class _SlicedTotal(torch.autograd.Function):
     """Takes the gradient in the forward pass; backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        total, grads = job.run(with_grad=True)
-        ctx.save_for_backward(*(grad.to(own.dtype) for grad, own in zip(grads, (hidden, *parameters), strict=True)))
+    def forward(ctx: Any, job: Sliced, hidden: Tensor, *leaves: Tensor) -> Tensor:
+        total, grad = job.run()
+        ctx.grads = [grad, *job.head.finished()]
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors))
+        grads = ctx.grads
+        assert grads is not None, "the gradient was taken before, and its graph not retained"
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return (None, *(grad * grad_output.to(grad.dtype) for grad in grads))
+        ctx.grads = None  # in place: a second copy of the head's gradient may not fit
+        return (None, *(grad.mul_(grad_output.to(grad.dtype)) for grad in grads))

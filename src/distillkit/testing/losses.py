@@ -196,6 +196,9 @@ class TokenLossContract(LossContract):
         """The loss under test."""
         raise NotImplementedError("write make(), which returns the loss under test")
 
+    def _loss(self) -> TokenLoss:
+        return copy.deepcopy(self.make()).double()
+
     def test_is_zero_when_student_equals_teacher(self) -> None:
         """Zero at p = q: for plain, peaked and excluded tokens."""
         loss = self.make()
@@ -220,6 +223,35 @@ class TokenLossContract(LossContract):
         permuted, permuted_grad = _compare(loss, student[:, order], teacher[:, order], batch)
         same = _close(output.total, permuted.total) and _close(grad[:, order], permuted_grad)
         _require(same, loss, "a permutation of the vocabulary must not change it")
+
+    def test_a_teacher_that_kept_all_but_one_token_gives_what_the_whole_gives(self) -> None:
+        """With K = V − 1 tokens kept, the tail is one token and nothing is lost, in value and gradient."""
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        if loss.temperature != 1.0:  # what was not kept can't be raised to a power
+            return
+        student, teacher = _logits(batch)
+        logp = teacher.log_softmax(-1)
+        order = logp.argsort(-1, descending=True)
+        kept = Scores.from_top_k(logp.gather(-1, order), order[:, :-1], logp.gather(-1, batch.targets[:, None])[:, 0])
+        whole, grad = _compare(loss, student, teacher, batch)
+        leaf = student.clone().requires_grad_()
+        output = loss(Scores.from_logits(leaf), kept, batch)
+        same = _close(output.total, whole.total) and _close(torch.autograd.grad(output.total.sum(), leaf)[0], grad)
+        _require(same, loss, "a teacher's K = V − 1 tokens and the rest must give what its whole distribution gives")
+
+    def test_gradient_in_closed_form_is_that_of_the_divergence(self) -> None:
+        """`gradient`, if it is written, gives the value of `divergence` and its gradient by the student's logits."""
+        loss, batch = self._loss(), collate(self.rows(), pad_id=0)
+        if not loss._has_gradient():
+            return
+        student, teacher = _logits(batch)
+        for scale in (1.0, 8.0):
+            logp, logits = (scale * teacher).log_softmax(-1), (scale * student).requires_grad_()
+            values = loss.divergence(logp, logits.log_softmax(-1))
+            expected = torch.autograd.grad(values.sum(), logits)[0]
+            found, grad = loss.gradient(logp.clone(), logits.detach().log_softmax(-1))
+            _require(_close(found, values.detach()), loss, "gradient() must give the values of divergence()")
+            _require(_close(grad, expected), loss, "gradient() must give the gradient of divergence() by the logits")
 
 
 def _require(kept: bool, loss: Loss, promise: str) -> None:
@@ -270,12 +302,12 @@ def _compare_models(loss: Loss, batch: Batch) -> tuple[LossOutput, Tensor]:
 @contextlib.contextmanager
 def _positions_at_once(number: int) -> Iterator[None]:
     """Makes slices of `number` positions."""
-    kept = slicing.SLICE_BYTES
-    slicing.SLICE_BYTES = 4 * VOCAB * number
+    kept = slicing.Sliced.positions
+    slicing.Sliced.positions = property(lambda _: number)  # type: ignore[assignment]
     try:
         yield
     finally:
-        slicing.SLICE_BYTES = kept
+        slicing.Sliced.positions = kept  # type: ignore[method-assign]
 
 
 def _log_prob_pairs() -> Iterator[tuple[Tensor, Tensor]]:

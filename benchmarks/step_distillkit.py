@@ -1,0 +1,141 @@
+"""Distillkit in the step's benchmark: the module, the loader and the loss as users have them, on given rows."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import Callback, LightningDataModule, Trainer
+from step_clock import StepClock
+from step_workload import ADAMW, Example, Setup, examples, has_weights, load_model
+
+from distillkit import DistillModule, Student
+from distillkit.data.loader import RoundLoader
+from distillkit.interfaces import Curator
+from distillkit.losses import ForwardKL
+from distillkit.models.scoring import logits_width
+from distillkit.teachers.in_process import TransformersTeacher
+from distillkit.types import Prompt, Prompts, Row
+
+
+def fit(setup: Setup, clock: StepClock, cached: bool = False) -> None:
+    """DistillModule under Lightning's Trainer.
+
+    Args:
+        setup: What is run.
+        clock: What it is measured with.
+        cached: Whether the teacher's hidden states are read from the disk; they are written where they are missing.
+    """
+    accelerator = {"cpu": "cpu", "cuda": "gpu"}[setup.device]
+    teacher: Any = _teacher(setup)
+    if cached:
+        from distillkit.teachers.cached import CachedTeacher
+
+        teacher = CachedTeacher(teacher=teacher, keep="hidden", folder=setup.path("cache"))
+    rows = examples(setup)
+    module = DistillModule(
+        student=_student(setup),
+        teacher=teacher,
+        loss=ForwardKL(reduction="token_mean"),
+        curator=GivenPairs(rows),
+        optimizer=partial(torch.optim.AdamW, **ADAMW),
+        lr_schedule="constant",
+        warmup=0.0,
+    )
+    trainer = Trainer(
+        accelerator=accelerator, devices=1, precision=setup.precision, max_epochs=1, callbacks=[_Ends(clock)],
+        default_root_dir=setup.path("distillkit"), logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, GivenData(rows, setup.rows // 2))
+
+
+class GivenPairs(Curator):
+    """Rows that were written before, two for each prompt."""
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        super().__init__()
+        self.rows: dict[str, list[Row]] = {}
+        for prompt, response, writer, prompt_id in rows:
+            mask = (False,) * len(prompt) + (True,) * len(response)
+            self.rows.setdefault(prompt_id, []).append(Row((*prompt, *response), mask, writer, prompt_id))
+
+    @property
+    def rounds(self) -> str:
+        """`once`."""
+        return "once"
+
+    @property
+    def writers(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def curate(self, prompts: Prompts, generators: Mapping[str, Any]) -> list[Row]:
+        """The rows of the prompts."""
+        return [row for prompt in prompts for row in self.rows[prompt.id]]
+
+
+class GivenData(LightningDataModule):
+    """The prompts of given rows, in their order."""
+
+    def __init__(self, rows: Sequence[Example], batch_size: int) -> None:
+        super().__init__()
+        found = {row.prompt_id: Prompt(row.prompt_id, (), tuple(row.prompt)) for row in rows}
+        self.prompts, self.batch_size = Prompts(tuple(found.values())), batch_size
+
+    def train_dataloader(self) -> RoundLoader:
+        """Batches as `DistillData` makes them."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        return RoundLoader(
+            self.prompts, module.prepare_curation, module.curate, module.tokenizer.pad_token_id, self.batch_size,
+            rounds=module.curator.rounds, shuffle=False,
+        )  # fmt: skip
+
+
+class _Ends(Callback):
+    """Tells the clock where a step begins and ends."""
+
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.clock.begin()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.clock.end(outputs["loss"])
+
+
+class _DrawnStudent(Student):
+    """A student whose weights are drawn."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup.path("student"))
+        self.setup = setup
+
+    def load(self) -> Any:
+        return load_model(self.setup, "student").train()
+
+
+class _DrawnTeacher(TransformersTeacher):
+    """A teacher whose weights are drawn."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup.path("teacher"), setup.teacher_dtype)  # type: ignore[arg-type]
+        self._setup = setup
+
+    def setup(self, device: torch.device) -> None:
+        if self._model is None:
+            model = load_model(self._setup, "teacher").to(device)
+            self._model, self._vocab = model.eval().requires_grad_(False), logits_width(model)
+
+
+def _student(setup: Setup) -> Student:
+    folder = setup.path("student")
+    return Student(folder) if has_weights(folder) else _DrawnStudent(setup)
+
+
+def _teacher(setup: Setup) -> TransformersTeacher:
+    folder = setup.path("teacher")
+    dtype: Any = setup.teacher_dtype
+    return TransformersTeacher(folder, dtype) if has_weights(folder) else _DrawnTeacher(setup)

@@ -1,0 +1,193 @@
+"""The output embedding of a language model with what its architecture does to the logits, and its gradient by hand.
+
+Letters: n positions of a slice, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.types import Head
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The output embedding of a causal language model with what its architecture does to the logits.
+
+    Args:
+        module: Output embedding, `[n, D]` to `[n, width]`.
+        vocab: V, logits past it are not computed (or cut, where the module is not a plain linear layer).
+        scale: Multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        softcap: Bounds the logits to ± this value by a hyperbolic tangent (Gemma 2); None for no bound.
+    """
+
+    module: nn.Module
+    vocab: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """Logits `[n, V]` of hidden states `[n, D]`."""
+        if type(self.module) is nn.Linear:
+            weight, bias = _whole(self.module.weight), _whole(self.module.bias)
+            logits = nn.functional.linear(hidden, weight[: self.vocab], None if bias is None else bias[: self.vocab])
+        else:
+            logits = self.module(hidden)[..., : self.vocab]
+        return self.shaped(logits)
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """`[n, V]` logits after scale and cap."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The output embedding's parameters, those of a LoRA adapter on it included."""
+        return self.module.parameters()
+
+
+def _whole(parameter: Any) -> Any:
+    """All of a parameter that fully sharded training has cut up; its gradient is put together over the ranks."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial  # here: only sharded runs need it
+
+    return parameter.full_tensor(grad_placements=[Partial() for _ in parameter.placements])
+
+
+class HeadPass:
+    """A head on its way over slices: logits of each, then the gradients of hidden states and parameters, summed.
+
+    A plain linear layer is differentiated by hand: its gradient is added to in place instead of being made anew for
+    each slice, and a head in half precision is summed in float32. Where the products run in another type than the
+    weight's, the weight is cast a chunk at a time. Any other head goes through autograd.
+
+    Args:
+        head: A model's head, as in `Scores`.
+        hidden: `[N, D]` the hidden states that it will be given slices of.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor) -> None:
+        if type(head) is nn.Linear:
+            head = OutputHead(head, head.out_features)
+        self.head = head
+        self.plain = head if isinstance(head, OutputHead) and type(head.module) is nn.Linear else None
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        if self.plain is None:
+            self.leaves = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        else:
+            self.weight, self.bias = _whole(self.plain.module.weight), _whole(self.plain.module.bias)
+            self.leaves = [own for own in (self.weight, self.bias) if own is not None and own.requires_grad]
+            kind = hidden.device.type
+            self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+            if self.weight.dtype == torch.float64:
+                self.dtype = torch.float64
+        self._hidden = self._slope = hidden[:0]
+        self._sums: list[list[Tensor]] = []
+
+    def logits(self, hidden: Tensor, out: Tensor, with_grad: bool = False) -> Tensor:
+        """Writes the logits of hidden states `[n, D]` to `out` `[n, V]`; `with_grad` says that `backward` follows."""
+        if self.plain is None:
+            with torch.set_grad_enabled(with_grad):
+                self._hidden = hidden.detach().requires_grad_(with_grad)
+                self._slope = self.head(self._hidden)
+            return out.copy_(self._slope.detach())
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            self._hidden = hidden.to(self.dtype)
+            for rows, weight in self._chunks(out.shape[1]):
+                if self.dtype == out.dtype:
+                    torch.mm(self._hidden, weight.T, out=out[:, rows])
+                else:
+                    out[:, rows].copy_(self._hidden @ weight.T)
+            if self.bias is not None:
+                out.add_(self.bias[: out.shape[1]])
+            if self.plain.scale != 1.0:
+                out.mul_(self.plain.scale)
+            if self.plain.softcap is not None:
+                out.div_(self.plain.softcap).tanh_()
+                if with_grad:  # the cap's derivative is 1 − tanh²
+                    self._slope = out.square().neg_().add_(1.0)
+                out.mul_(self.plain.softcap)
+        return out
+
+    def start(self) -> None:
+        """Sets the sums of the parameters' gradients to 0, in float32 at least."""
+        self._sums = []
+        for own in self.leaves:
+            dtype = torch.promote_types(own.dtype, torch.float32)
+            # Chunks, so that a sum in another type can be freed piece by piece when it is done with.
+            size = len(own) if own.dtype == dtype else _ROWS
+            self._sums.append(
+                [torch.zeros_like(own[first : first + size], dtype=dtype) for first in range(0, len(own), size)]
+            )
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Adds to the parameters' gradients.
+
+        Args:
+            grad: `[n, V]` gradient by the last slice's logits; overwritten.
+
+        Returns:
+            `[n, D]` gradient by its hidden states.
+        """
+        if self.plain is None:
+            found = torch.autograd.grad(self._slope, (self._hidden, *self.leaves), grad.to(self._slope.dtype))
+            for (own,), more in zip(self._sums, found[1:], strict=True):
+                own += more
+            by_hidden: Tensor = found[0]
+            return by_hidden
+        with torch.autocast(grad.device.type, enabled=False):
+            if self.plain.softcap is not None:
+                grad.mul_(self._slope)
+            if self.plain.scale != 1.0:
+                grad.mul_(self.plain.scale)
+            by_hidden = torch.zeros(self._hidden.shape, dtype=self.wide, device=grad.device)
+            trained = {id(own): sums for own, sums in zip(self.leaves, self._sums, strict=True)}
+            if self.bias is not None and id(self.bias) in trained:
+                by_bias, sums = grad.sum(0), trained[id(self.bias)]
+                for own, rows in zip(
+                    sums, [slice(0, len(by_bias))] if len(sums) == 1 else _cut(len(by_bias)), strict=False
+                ):
+                    own[: rows.stop - rows.start] += by_bias[rows]
+            for number, (rows, weight) in enumerate(self._chunks(grad.shape[1])):
+                part = grad[:, rows].to(self.dtype)
+                by_hidden += part @ weight
+                if id(self.weight) in trained:
+                    sums = trained[id(self.weight)]
+                    own = sums[0][rows] if len(sums) == 1 else sums[number][: part.shape[1]]
+                    if own.dtype == self.dtype:
+                        own.addmm_(part.T, self._hidden)
+                    else:
+                        own += part.T @ self._hidden
+        return by_hidden
+
+    def finished(self) -> list[Tensor]:
+        """The parameters' gradients in the parameters' own types; the sums are given up."""
+        found = []
+        for own, sums in zip(self.leaves, self._sums, strict=True):
+            if len(sums) == 1:
+                found.append(sums.pop().to(own.dtype))
+                continue
+            grad = torch.empty_like(own)
+            for rows in _cut(len(own)):
+                grad[rows] = sums.pop(0)
+            found.append(grad)
+        return found
+
+    def _chunks(self, vocab: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the weight in the type that the products run in; all at once where that is its own."""
+        weight = self.weight.detach()
+        exact = weight.dtype == self.dtype and weight.dtype in (torch.float32, torch.float64)
+        for rows in [slice(0, vocab)] if exact else _cut(vocab):
+            yield rows, weight[rows].to(self.dtype)
+
+
+_ROWS = 16384
+"""Rows of the head that are cast, or whose gradient is made, at once."""
+
+
+def _cut(length: int) -> list[slice]:
+    return [slice(first, min(first + _ROWS, length)) for first in range(0, length, _ROWS)]

@@ -1,0 +1,31 @@
+import torch
+
+from distillkit.data.collate import collate
+from distillkit.teachers.in_process import TransformersTeacher
+from tiny_scores import CPU, WIDTH, some_rows
+
+
+def test_an_unloaded_teacher_holds_no_weights_and_says_the_same_once_it_is_set_up_again(source):
+    teacher = TransformersTeacher(str(source), "float32")
+    teacher.unload()
+    teacher.setup(CPU)
+    teacher.limit_vocab(WIDTH - 3)
+    batch = collate(some_rows(3), 1)
+    before, held = teacher.score(batch).log_probs(), teacher.model
+    teacher.unload()
+    assert teacher.model is None
+    assert {parameter.device.type for parameter in held.parameters()} == {"meta"}, "a generator may hold it"
+    assert teacher.vocab_size == WIDTH - 3
+    teacher.setup(CPU)
+    teacher.setup(CPU)
+    assert torch.equal(teacher.score(batch).log_probs(), before)
+
+
+def test_the_identity_depends_on_class_and_type_of_the_weights(source):
+    class Other(TransformersTeacher):
+        pass
+
+    teachers = [TransformersTeacher(str(source)), TransformersTeacher(str(source), "float32"), Other(str(source))]
+    assert len({teacher.identity() for teacher in teachers}) == 3
+    assert teachers[0].identity() == TransformersTeacher(str(source)).identity()
+    assert {teacher.fingerprint() for teacher in teachers} == {None}
