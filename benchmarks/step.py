@@ -68,7 +68,7 @@ def main() -> int:
         tokens = _response_tokens(setup)
     agree = _print_losses(runs, AGREEMENT[options.precision])
     for name, error in errors.items():
-        print(f"{name} failed: {error}")
+        print(f"{name} failed: {error}", end="\n\n")
     lines = {name: _summary(found, tokens, options.warmup) for name, found in runs.items()} if agree else {}
     if lines:
         _print_table(lines)

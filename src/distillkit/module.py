@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distillkit import resume
 from distillkit.curators.single import DatasetCurator, TeacherCurator
+from distillkit.data.collate import probe
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
 from distillkit.evaluation.heldout import HeldOut
@@ -21,7 +22,7 @@ from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
 from distillkit.generators.writers import Writers
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
-from distillkit.models.scoring import check_head, score, share_vocab
+from distillkit.models.scoring import check_head, prepare_packing, score, share_vocab
 from distillkit.models.student import Student
 from distillkit.models.tokenizers import require_same
 from distillkit.optimization import Shape, with_schedule
@@ -100,6 +101,7 @@ class DistillModule(LightningModule):
             return
         self.student = self.loader.load()
         check_head(self.student, f"student {self.loader.source}")
+        prepare_packing(self.student, probe(), f"student {self.loader.source}")
         if self.teacher is not None:
             self.teacher.setup(self.trainer.strategy.root_device)
         self._vocab = share_vocab(self.student, self.teacher, len(self.tokenizer), self.print)

@@ -8,7 +8,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -146,6 +146,47 @@ class Row:
         return hashlib.blake2b(content, digest_size=16).digest()
 
 
+class Segment(NamedTuple):
+    """Tokens `start … stop − 1` of a line; they see those of `first … last − 1` and, up to each, one another."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The rows of a batch end to end, without padding; L tokens.
+
+    Args:
+        input_ids: `[1, L]` token ids.
+        position_ids: `[1, L]` place of each token within its row.
+        positions: `[N]` place in the line of each position whose prediction is trained on, row by row.
+        segments: Who sees whom, on the host; they cover the line in order.
+        masks: What an attention kernel made of the segments, kept for the next layer.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
+        """The line with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _LINE}
+        return Packed(**moved, segments=self.segments)
+
+    def pin_memory(self) -> "Packed":
+        """The line in memory that a device can read while it works."""
+        return Packed(**{name: getattr(self, name).pin_memory() for name in _LINE}, segments=self.segments)
+
+
+_LINE = ("input_ids", "position_ids", "positions")
+_TENSORS = ("input_ids", "attention_mask", "response_mask", "positions", "targets", "rows")
+
+
 @dataclass
 class Batch:
     """Rows of one micro-batch, padded on the right.
@@ -161,6 +202,7 @@ class Batch:
         writer: Who wrote each row's response, on the host.
         pair: Number of the prompt that each row belongs to, within the batch.
         keys: Hash of each row's tokens and mask, on the host: what is known of a row on disk is found by it.
+        packed: The same rows without padding; None if they are to be padded.
         window: The micro-batches of the optimizer step that this one begins, itself first; None within a step.
     """
 
@@ -174,12 +216,19 @@ class Batch:
     writer: tuple[str, ...]
     pair: tuple[int, ...]
     keys: tuple[bytes, ...] = field(repr=False)
+    packed: Packed | None = field(default=None, repr=False)
     window: "tuple[Batch, ...] | None" = field(default=None, repr=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`; the window's other batches stay where they are."""
-        names = ("input_ids", "attention_mask", "response_mask", "positions", "targets", "rows")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        packed = None if self.packed is None else self.packed.to(device, non_blocking)
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+        return replace(self, packed=packed, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in memory that a device can read while it works."""
+        packed = None if self.packed is None else self.packed.pin_memory()
+        return replace(self, packed=packed, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
     @property
     def num_tokens(self) -> int:

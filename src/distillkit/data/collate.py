@@ -1,16 +1,20 @@
 """Rows of different lengths -> one batch, padded on the right."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from distillkit.align import response_positions
+from distillkit.data.packing import pack
 from distillkit.errors import DataError
 from distillkit.types import Batch, Row
 
+Layout = Literal["shared", "packed", "padded"]
 
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Packs rows into a batch, on the CPU.
+
+def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared") -> Batch:
+    """Makes a batch of rows, on the CPU.
 
     Masks come from lengths and from the rows, never from token ids: `pad_id` may be a token that rows contain.
 
@@ -18,6 +22,8 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         rows: The batch's rows, at least one. The rows of one prompt get the same pair number, counted from 0 in the
             order in which the prompts first appear.
         pad_id: Token id that fills the rows up; it is neither attended to nor trained on.
+        layout: `shared` also lays the rows end to end, those of one prompt with one copy of what they begin with;
+            `packed` does so with a copy for each; `padded` does not.
 
     Raises:
         DataError: If a row is empty, its mask has another length than its tokens, or it trains on its first token.
@@ -35,7 +41,8 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         attention_mask[index, :length] = True
         response_mask[index, :length] = torch.tensor(row.response_mask, dtype=torch.bool)
     found = response_positions(input_ids, response_mask)
-    pairs: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    pair = tuple(numbers.setdefault(row.prompt_id, len(numbers)) for row in rows)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -45,9 +52,16 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         rows=found.rows,
         lengths=found.lengths,
         writer=tuple(row.writer for row in rows),
-        pair=tuple(pairs.setdefault(row.prompt_id, len(pairs)) for row in rows),
+        pair=pair,
         keys=tuple(row.key for row in rows),
+        packed=None if layout == "padded" else pack(rows, pair, share=layout == "shared"),
     )
+
+
+def probe() -> Batch:
+    """A small batch with which a model shows whether it can take rows end to end: a pair and a single row."""
+    rows = (((0, 1, 2, 3, 1, 2), "pair"), ((0, 1, 2, 0, 3), "pair"), ((3, 2, 1), "single"))
+    return collate([Row(ids, (False, *[True] * (len(ids) - 1)), "dataset", own) for ids, own in rows], pad_id=0)
 
 
 def _check(row: Row) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distillkit.data.collate import collate
+from distillkit.data.collate import Layout, collate
 from distillkit.types import Batch, Curate, Prompts, Row
 
 
@@ -30,6 +30,7 @@ class RoundLoader:
         seed: Seed of the order.
         rank: Number of this process.
         world: Number of processes.
+        layout: How rows are laid out, as `collate` says.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class RoundLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        layout: Layout = "shared",
     ) -> None:
         self.prompts, self.prepare, self.curate, self.pad_id = prompts, prepare, curate, pad_id
         self.batch_size, self.accumulate, self.rounds, self.epoch = batch_size, accumulate, rounds, epoch
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
+        self.layout: Layout = layout
         self._done = self._resume_at = 0
         self._prepared = False
 
@@ -105,7 +108,7 @@ class RoundLoader:
 
     def _batch(self, places: Sequence[int], rows: dict[str, list[Row]]) -> Batch:
         groups = [rows[self.prompts[place].id] for place in places]
-        return collate(rank_rows(groups, self.rank, self.world), self.pad_id)
+        return collate(rank_rows(groups, self.rank, self.world), self.pad_id, self.layout)
 
 
 class FixedLoader:

@@ -3,8 +3,10 @@
 Letters: B rows, T tokens, N response positions, D hidden width, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch import nn
 from distillkit.errors import ModelError
 from distillkit.heads import OutputHead
 from distillkit.interfaces import Teacher
+from distillkit.models import packing
 from distillkit.types import Batch, Scores
+
+_log = logging.getLogger(__name__)
 
 
 def base_model(model: nn.Module) -> Any:
@@ -63,12 +68,58 @@ def output_head(model: nn.Module, vocab: int) -> OutputHead:
     return OutputHead(base.get_output_embeddings(), vocab, scale, getattr(text, "final_logit_softcapping", None))
 
 
-def score(model: nn.Module, batch: Batch, vocab: int) -> Scores:
-    """Scores of the batch's response positions; prompt and padding positions never reach the head."""
-    body = base_model(model).get_decoder()
-    hidden = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
-    hidden = hidden.last_hidden_state.flatten(0, 1)[batch.positions]  # [B·T, D] -> [N, D]
-    return Scores(hidden, output_head(model, vocab), vocab)
+def score(model: nn.Module, batch: Batch, vocab: int, budget: int | None = None) -> Scores:
+    """Scores of the batch's response positions; prompt and padding positions never reach the head.
+
+    Args:
+        model: A transformers causal language model.
+        batch: Rows; their packed form is used where `prepare_packing` found that the model can.
+        vocab: V.
+        budget: Bytes that a loss may hold at once for log-probabilities.
+    """
+    body, line = base_model(model).get_decoder(), batch.packed
+    if line is not None and base_model(model).config.get_text_config()._attn_implementation == packing.NAME:
+        with packing.packing():
+            found = body(input_ids=line.input_ids, position_ids=line.position_ids, use_cache=False, line=line)
+        hidden = found.last_hidden_state[0][line.positions]  # [L, D] -> [N, D]
+    else:
+        found = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+        hidden = found.last_hidden_state.flatten(0, 1)[batch.positions]  # [B·T, D] -> [N, D]
+    return Scores(hidden, output_head(model, vocab), vocab, budget=budget)
+
+
+@torch.no_grad()
+def prepare_packing(model: nn.Module, probe: Batch, name: str) -> bool:
+    """Has the model take rows end to end, if that changes nothing.
+
+    Args:
+        model: A transformers causal language model, on the device that it will run on.
+        probe: A small packed batch, which is scored both ways.
+        name: What the log calls it.
+
+    Returns:
+        Whether the model is given packed rows from now on. If not the reason is logged, and it gets padded rows.
+    """
+    config = base_model(model).config.get_text_config()
+    device = base_model(model).get_output_embeddings().weight.device
+    probe = probe.to(device)
+    with evaluating(model):
+        padded = score(model, replace(probe, packed=None), 1).hidden.float()
+        if not packing.install(config):
+            _log.info("%s: attention %s takes padded rows", name, config._attn_implementation)
+            return False
+        try:
+            found = score(model, probe, 1).hidden.float()
+            gap = float((found - padded).norm() / padded.norm())
+        except (TypeError, ValueError, RuntimeError) as error:
+            packing.remove(config)
+            _log.info("%s: padded rows, because packed ones fail: %s", name, str(error).splitlines()[0])
+            return False
+    if not gap < 0.05:  # rounding of many layers in bfloat16 stays below, another row's tokens do not
+        packing.remove(config)
+        _log.info("%s: padded rows, because packed ones change its hidden states by %.3g of their norm", name, gap)
+        return False
+    return True
 
 
 @contextmanager

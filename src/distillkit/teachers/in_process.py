@@ -5,9 +5,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from distillkit.data.collate import probe
 from distillkit.interfaces import Teacher
 from distillkit.models.loading import load_model
-from distillkit.models.scoring import check_head, logits_width, score
+from distillkit.models.scoring import check_head, logits_width, prepare_packing, score
 from distillkit.models.sources import check, identity, prepare
 from distillkit.models.tokenizers import load_tokenizer
 from distillkit.types import Batch, Scores
@@ -45,6 +46,7 @@ class TransformersTeacher(Teacher):
         width = logits_width(model)
         self._vocab = min(self._vocab or width, width)
         check_head(model, f"teacher {self.source}")
+        prepare_packing(model, probe(), f"teacher {self.source}")
 
     def unload(self) -> None:
         """Frees the weights, also where a generator still holds the model."""
