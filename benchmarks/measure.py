@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, child processes, time, peak memory, tables and result files.
+"""What the benchmarks share: inputs, child processes, time and peak memory.
 
 Letters: N positions, V vocabulary, D hidden width.
 """
@@ -6,24 +6,22 @@ Letters: N positions, V vocabulary, D hidden width.
 import argparse
 import ctypes
 import gc
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from results import add_output_options
 from torch import Tensor, nn
 
 from distillkit.testing.batches import make_batch
@@ -238,53 +236,9 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y, strict=True)) / spread
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned table: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join((row[0].ljust(widths[0]), *cells)))
-    return "\n".join(lines)
-
-
 def add_common_options(parser: argparse.ArgumentParser, json_name: str) -> None:
     """The options that every benchmark has."""
     parser.add_argument("--device", default="cpu", help="where the tensors live: cpu, cuda, cuda:1")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of hidden states and head")
     parser.add_argument("--repeats", type=int, default=3, help="processes that each median is taken over")
-    parser.add_argument("--json", type=Path, default=Path(json_name), help="where the result file goes")
-
-
-def write_json(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
-    """Writes rows with what is needed to read them later: settings, versions, date, machine, threads."""
-    names = ("distillkit", "torch", "transformers", "trl", "liger-kernel", "triton")
-    device = torch.device(str(settings.get("device", "cpu")))
-    facts = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: found for name in names if (found := version(name))},
-        "machine": {
-            "system": platform.platform(),
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-    }
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "settings": plain, "rows": list(rows)}, indent=1) + "\n")
-
-
-def version(package: str) -> str | None:
-    """Its installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    add_output_options(parser, json_name)

@@ -17,24 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measure import (
-    Job,
-    add_common_options,
-    alternate,
-    child_job,
-    make_inputs,
-    measured,
-    report,
-    slope,
-    table,
-    write_json,
-)
+from measure import Job, add_common_options, alternate, child_job, make_inputs, measured, report, slope
+from results import table, write_json
 from torch import Tensor, nn
 
+from distillkit.heads import OutputHead
 from distillkit.interfaces import Loss
 from distillkit.losses.distillm2 import DistiLLM2
 from distillkit.losses.kl import ForwardKL
-from distillkit.models.scoring import OutputHead, score
+from distillkit.models.scoring import score
 from distillkit.testing.batches import make_batch
 from distillkit.types import Batch, Scores
 
@@ -160,7 +151,7 @@ def run_sweep(sweep: Sweep, options: argparse.Namespace) -> Job:
     return {"part": sweep.part, "axis": sweep.axis, **exponents, **expected, "points": list(points.values())}
 
 
-def points_table(sweeps: Sequence[Job]) -> str:
+def points_table(sweeps: Sequence[Job], markdown: bool) -> str:
     """Each point of each sweep."""
     lines = []
     for sweep in sweeps:
@@ -170,26 +161,18 @@ def points_table(sweeps: Sequence[Job]) -> str:
                 lines.append([*line, "", "", row["skipped"]])
             else:
                 lines.append([*line, f"{row['wall']:.3f}", f"{row['cpu']:.3f}", f"{row['extra_bytes'] / 2**20:.0f}"])
-    return table(("sweep", "size", "wall s", "CPU s", "extra MiB"), lines)
+    return table(("sweep", "size", "wall s", "CPU s", "extra MiB"), lines, markdown)
 
 
-def exponents_table(sweeps: Sequence[Job]) -> str:
+def exponents_table(sweeps: Sequence[Job], markdown: bool) -> str:
     """The exponents beside what is expected."""
     header = ("sweep", "wall exponent", "CPU exponent", "expected", "memory exponent", "expected")
-    return table(
-        header,
-        [
-            [
-                f"{sweep['part']} by {sweep['axis']}",
-                f"{sweep['wall_exponent']:.2f}",
-                f"{sweep['cpu_exponent']:.2f}",
-                sweep["time_expected"],
-                f"{sweep['memory_exponent']:.2f}",
-                sweep["memory_expected"],
-            ]
-            for sweep in sweeps
-        ],
-    )
+    lines = []
+    for sweep in sweeps:
+        wall, cpu, memory = (f"{sweep[f'{name}_exponent']:.2f}" for name in ("wall", "cpu", "memory"))
+        name = f"{sweep['part']} by {sweep['axis']}"
+        lines.append([name, wall, cpu, sweep["time_expected"], memory, sweep["memory_expected"]])
+    return table(header, lines, markdown)
 
 
 def plot(sweeps: Sequence[Job], path: Path) -> None:
@@ -234,7 +217,7 @@ def main() -> None:
         print(f"{sweep.part} by {sweep.axis}", file=sys.stderr)
         sweeps.append(run_sweep(sweep, options))
         write_json(options.json, sweeps, vars(options))
-    print(points_table(sweeps), exponents_table(sweeps), sep="\n\n")
+    print(points_table(sweeps, options.markdown), exponents_table(sweeps, options.markdown), sep="\n\n")
     if options.plot is not None:
         plot(sweeps, options.plot)
 

@@ -1,6 +1,6 @@
 """The one LightningModule: curate, score with the student, score with the teacher, compare."""
 
-from functools import cached_property
+from functools import cached_property, partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distillkit import resume
 from distillkit.curators.single import DatasetCurator, TeacherCurator
-from distillkit.data.collate import probe
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
 from distillkit.evaluation.heldout import HeldOut
@@ -22,7 +21,8 @@ from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
 from distillkit.generators.writers import Writers
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
-from distillkit.models.scoring import check_head, prepare_packing, score, share_vocab
+from distillkit.losses.budget import budget_in_mib
+from distillkit.models.scoring import check_head, score, share_vocab, side_by_side
 from distillkit.models.student import Student
 from distillkit.models.tokenizers import require_same
 from distillkit.optimization import Shape, with_schedule
@@ -44,9 +44,10 @@ class DistillModule(LightningModule):
         warmup: Share of the optimizer steps over which the learning rate grows from 0, in [0, 1).
         answers: How validation's answers are drawn, by teacher and student; None is greedy, at most 128 tokens.
         store: Folder of the response store; None is `responses` in the run's folder.
+        loss_memory: MiB that a loss may hold at once for log-probabilities; None leaves it to the device.
 
     Raises:
-        ConfigError: If the loss or the curator needs a teacher and there is none, or `warmup` is out of range.
+        ConfigError: If the loss or the curator needs a teacher and there is none, or a number is out of range.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DistillModule(LightningModule):
         warmup: float = 0.05,
         answers: Sampling | None = None,
         store: str | None = None,
+        loss_memory: int | None = None,
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
@@ -72,14 +74,14 @@ class DistillModule(LightningModule):
         self.loader, self.loss, self.teacher = student, loss, teacher
         self.generator = generator or TransformersGenerator()
         self.optimizer, self.lr_schedule, self.warmup, self.store = optimizer, lr_schedule, warmup, store
-        self.answers = answers or Sampling(temperature=0.0, max_new_tokens=128)
         self.student: Any = None  # a transformers model, once `configure_model` has run
         self.held_out, self.meter = HeldOut(), StepMeter()
-        self.validation = Validation(self.held_out, self.answers)
-        self.history = self.validation.history
+        self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
+        self.answers, self.history = self.validation.sampling, self.validation.history
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0
+        self._budget = budget_in_mib("model.loss_memory", loss_memory)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -101,7 +103,6 @@ class DistillModule(LightningModule):
             return
         self.student = self.loader.load()
         check_head(self.student, f"student {self.loader.source}")
-        prepare_packing(self.student, probe(), f"student {self.loader.source}")
         if self.teacher is not None:
             self.teacher.setup(self.trainer.strategy.root_device)
         self._vocab = share_vocab(self.student, self.teacher, len(self.tokenizer), self.print)
@@ -114,44 +115,42 @@ class DistillModule(LightningModule):
     @cached_property
     def writers(self) -> Writers:
         """The generators of this run, behind its response store."""
-        trainer = self.trainer
-        store = ResponseStore(self.store or Path(trainer.default_root_dir) / "responses", trainer.global_rank)
-        ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+        trainer, rank = self.trainer, self.trainer.global_rank
+        store = ResponseStore(self.store or Path(trainer.default_root_dir) / "responses", rank)
+        ranks = Ranks(rank, trainer.world_size, trainer.strategy.barrier)
         models = {"student": lambda: self.student, "teacher": lambda: getattr(self.teacher, "model", None)}
-        known = (lambda: None) if self.teacher is None else self.teacher.fingerprint
+        known = getattr(self.teacher, "fingerprint", None)
         return Writers(self.generator, store, models, self.tokenizer, ranks, known)
 
     def prepare_curation(self, prompts: Prompts) -> None:
-        """Has everything written that is written once, for all prompts of the run."""
+        """Has everything written that is written once."""
         self.curator.prepare(prompts, self.writers.generators)
 
-    def curate(self, prompts: Prompts) -> list[Row]:
-        """The rows of a round."""
-        rows = list(self.curator.curate(prompts, self.writers.generators))
-        if self.teacher is not None and self.loss.needs_teacher:
+    def curate(self, prompts: Prompts, curator: Curator | None = None) -> list[Row]:
+        """The rows of a round, or those that another curator makes, made known to the teacher."""
+        rows = list((curator or self.curator).curate(prompts, self.writers.generators))
+        if self.teacher is not None and (curator is not None or self.loss.needs_teacher):
             self.teacher.prepare(rows)
         return rows
 
     def held_out_rows(self, prompts: Prompts) -> list[Row]:
         """Reference responses to held-out prompts: the teacher's, or the data's if there is no teacher."""
-        curator: Curator = DatasetCurator() if self.teacher is None else TeacherCurator(self.answers)
-        rows = list(curator.curate(prompts, self.writers.generators))
+        rows = self.curate(prompts, DatasetCurator() if self.teacher is None else TeacherCurator(self.answers))
         self.validation.refer_to(prompts, rows, self.tokenizer)
-        if self.teacher is not None:
-            self.teacher.prepare(rows)
         return rows
 
     def score(self, batch: Batch, with_teacher: bool = True) -> tuple[Scores, Scores | None]:
         """What student and, if wanted, teacher say about the batch's response positions."""
-        student = score(self.student, batch, self._vocab)
-        return student, self.teacher.score(batch) if self.teacher and with_teacher else None
+        teacher = self.teacher if with_teacher else None
+        student = partial(score, self.student, batch, self._vocab, self._budget)
+        return side_by_side(student, None if teacher is None else partial(teacher.score, batch), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the mean over the global batch."""
         window = step_window(batch, batch_idx, self.trainer.accumulate_grad_batches)
-        if window is not None:  # count over the step's micro-batches and all ranks, so as to divide once
-            units = torch.stack([self.loss.units(part) for part in window]).sum(0).to(self.device)
-            self._units = torch.as_tensor(self.trainer.strategy.reduce(units, reduce_op="sum")).cpu().clamp_min(1.0)
+        if window is not None:  # count over the step and all ranks, so as to divide once
+            units = torch.stack([self.loss.units(part) for part in window]).sum(0).to(self.device, non_blocking=True)
+            self._units = torch.as_tensor(self.trainer.strategy.reduce(units, reduce_op="sum")).clamp_min(1.0)
         output = self.loss(*self.score(batch, self.loss.needs_teacher), batch)
         loss: Tensor = (output.total / self._units.to(output.total)).sum()
         self.meter.add(output.metrics, loss=loss * self.trainer.world_size)
@@ -160,42 +159,37 @@ class DistillModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts the schedules, and the random numbers of a resumed run, where the run stands."""
-        self._move_schedules(self.trainer.global_step, {})
+        self.loss.update(Progress(self.trainer.global_step, int(self.trainer.estimated_stepping_batches)), {})
         resume.restore_random(self._saved.get("random", []), self.global_rank, self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then moves the schedules: before a checkpoint of this step can be written."""
         super().optimizer_step(*args, **kwargs)
         self._step = self.meter.reduce()
-        self._move_schedules(self.trainer.global_step + 1, self._step)
+        progress = Progress(self.trainer.global_step + 1, int(self.trainer.estimated_stepping_batches))
+        self.loss.update(progress, self._step)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Logs what the step's loss reported."""
         self.log_dict(flatten(self._step, "train/"))
         self._step = {}
 
-    def _move_schedules(self, step: int, metrics: dict[str, Summary]) -> None:
-        self.loss.update(Progress(step, int(self.trainer.estimated_stepping_batches)), metrics)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts a batch into the held-out figures."""
         self.held_out.update(*self.score(batch), batch)
 
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out figures."""
-        self.validation.finish(self, self.writers.refreshed_student(), "val/")
+        self.validation.finish(self, self.writers.refreshed_student(), prefix)
 
-    def on_test_epoch_end(self) -> None:
-        """Logs the held-out figures of the test prompts."""
-        self.validation.finish(self, self.writers.refreshed_student(), "test/")
+    test_step = validation_step
+    on_test_epoch_end = partialmethod(on_validation_epoch_end, "test/")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a resumed run needs; leaves out the weights that never change."""
         checkpoint["state_dict"] = resume.without_frozen(checkpoint["state_dict"], self.student, "student.")
-        own = {"rounds": self.writers.rounds, "history": self.history, "random": resume.random_states(self.device)}
-        checkpoint["distillkit"] = own
+        random = resume.random_states(self.device)
+        checkpoint["distillkit"] = {"rounds": self.writers.rounds, "history": self.history, "random": random}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up where the saved run stood."""

@@ -58,12 +58,6 @@ def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared") -> Batc
     )
 
 
-def probe() -> Batch:
-    """A small batch with which a model shows whether it can take rows end to end: a pair and a single row."""
-    rows = (((0, 1, 2, 3, 1, 2), "pair"), ((0, 1, 2, 0, 3), "pair"), ((3, 2, 1), "single"))
-    return collate([Row(ids, (False, *[True] * (len(ids) - 1)), "dataset", own) for ids, own in rows], pad_id=0)
-
-
 def _check(row: Row) -> None:
     if not row.input_ids or len(row.response_mask) != len(row.input_ids):
         raise DataError(

@@ -3,6 +3,7 @@
 import logging
 from typing import Any, Literal
 
+import torch
 from lightning import LightningDataModule
 
 from distillkit.data.chat import encode_all, require_chat_template
@@ -11,7 +12,7 @@ from distillkit.data.loader import FixedLoader, RoundLoader, rank_rows
 from distillkit.data.records import Record, Source
 from distillkit.errors import ConfigError, DataError
 from distillkit.models.tokenizers import eos_ids
-from distillkit.types import Prompts, Row
+from distillkit.types import Batch, Prompts, Row
 
 _log = logging.getLogger(__name__)
 
@@ -122,6 +123,10 @@ class DistillData(LightningDataModule):
             self._loader.load_state_dict(self._resume_at)
             self._resume_at = {}
         return self._loader
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Copies a batch to a GPU while that is at work."""
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch stands. Lightning saves the loader's own state too, but restores it too late.

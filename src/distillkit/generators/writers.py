@@ -25,7 +25,8 @@ class Writers:
         models: Gives each writer's model; None for one that can't write in this process.
         tokenizer: The tokenizer that the models share.
         ranks: The processes that share the writing.
-        teacher_fingerprint: Gives the fingerprint of the teacher's weights where it is known without the model.
+        teacher_fingerprint: Gives the fingerprint of the teacher's weights where it is known without the model; None if
+            it never is.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Writers:
         models: Mapping[str, Callable[[], nn.Module | None]],
         tokenizer: Any,
         ranks: Ranks,
-        teacher_fingerprint: Callable[[], str | None] = lambda: None,
+        teacher_fingerprint: Callable[[], str | None] | None = None,
     ) -> None:
         self.models, self.tokenizer = models, tokenizer
         self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
@@ -71,7 +72,8 @@ class Writers:
 
     def _fixed_now(self) -> str:
         if not self._teacher:
-            self._teacher = self._known() or fingerprint(self._model("teacher"))
+            known = None if self._known is None else self._known()
+            self._teacher = known or fingerprint(self._model("teacher"))
         return self._teacher
 
     def _fixed(self, number: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distillkit.errors import ConfigError
 from distillkit.types import Scores
 
 MIB = 2**20
@@ -29,6 +30,15 @@ def default_budget(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_BUDGET
     return min(int(torch.cuda.get_device_properties(device).total_memory * DEVICE_SHARE), LARGEST_DEVICE_BUDGET)
+
+
+def budget_in_mib(name: str, number: int | None) -> int | None:
+    """Bytes of `number` MiB, or a ConfigError that names the setting `name`; None stays None."""
+    if number is None:
+        return None
+    if number < 1:
+        raise ConfigError(f"{name} must be at least 1 MiB, got {number}.")
+    return number * MIB
 
 
 class Budget:

