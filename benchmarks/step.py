@@ -7,7 +7,7 @@ No speed is printed before the first step's losses agree.
 
     pip install -e ".[benchmark]"
     python benchmarks/step.py --shape tiny
-    python benchmarks/step.py --lengths prompt --out step.json
+    python benchmarks/step.py --lengths prompt --json step.json
     python benchmarks/step.py --device cuda --shape random-7b-1.5b
 
 Time is that of the steps after the warm-up. Memory on the CPU is taken in further processes that give freed memory
@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 import transformers
-from measure import ChildError, Job, child_job, report, run_child, table, write_json
+from measure import ChildError, Job, child_job, report, run_child
+from results import add_output_options, table, write_json
 from step_clock import StepClock
-from step_trainers import VARIANTS
+from step_trainers import LAYOUTS, VARIANTS
 from step_workload import LENGTHS, SHAPES, Setup, examples
 
 from distillkit.errors import DistillKitError
@@ -46,80 +47,92 @@ MEMORY_STEPS = 3
 """Steps of a process that takes memory: AdamW's state is there from the second on."""
 
 
+DEFAULT_VARIANTS = [name for name in VARIANTS if name not in LAYOUTS.values() or name == LAYOUTS["shared"]]
+
+
 def main() -> int:
     """Runs and prints; the exit status."""
     job = child_job()
     if job is not None:
         report(_measure(**job))
         return 0
-    options = _options()
-    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
-    torch.set_num_threads(options.threads)
-    transformers.utils.logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", default="even", choices=tuple(LENGTHS), help="what rows are longest in")
+    parser.add_argument("--variants", nargs="+", default=DEFAULT_VARIANTS, choices=tuple(VARIANTS), metavar="NAME")
+    add_step_options(parser, "step.json")
+    options = step_options(parser)
     names = _installed(options.variants)
     with tempfile.TemporaryDirectory() as folder:
         SHAPES[options.shape].save(Path(folder))
-        setup = Setup(
-            folder=folder, shape=options.shape, lengths=options.lengths, rows=options.rows,
-            steps=options.warmup + options.steps, device=options.device, precision=options.precision,
-            threads=options.threads, seed=options.seed,
-        )  # fmt: skip
-        runs, errors = _runs(setup, names, options.repeats)
+        setup = make_setup(options, folder, options.lengths)
+        runs, errors = run_variants(setup, names, options.repeats)
         tokens = _response_tokens(setup)
-    agree = _print_losses(runs, AGREEMENT[options.precision])
-    for name, error in errors.items():
-        print(f"{name} failed: {error}", end="\n\n")
-    lines = {name: _summary(found, tokens, options.warmup) for name, found in runs.items()} if agree else {}
+    agree = _print_losses(runs, AGREEMENT[options.precision], options.markdown)
+    lines = {name: summary(found, tokens, options.warmup) for name, found in runs.items()} if agree else {}
     if lines:
-        _print_table(lines)
-    if options.out is not None:
-        rows = [{"variant": name, **lines.get(name, {}), "runs": found} for name, found in runs.items()]
-        write_json(options.out, rows, vars(options) | {"errors": errors})
+        _print_table(lines, options.markdown)
+    rows = [{"variant": name, **lines.get(name, {}), "runs": found} for name, found in runs.items()]
+    write_json(options.json, rows, vars(options) | {"errors": errors})
     return 0 if agree and not errors else 1
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_step_options(parser: argparse.ArgumentParser, json_name: str) -> None:
+    """The options of all benchmarks of a step."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shape", default="smollm2", choices=tuple(SHAPES), help="the pair of models")
-    parser.add_argument("--lengths", default="even", choices=tuple(LENGTHS), help="what rows are longest in")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step, two for each prompt")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each process")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each variant")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads on the CPU")
     parser.add_argument("--precision", choices=tuple(AGREEMENT), help="32-true on the CPU, bf16-mixed on a GPU")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=tuple(VARIANTS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0, help="of the rows and of drawn weights")
-    parser.add_argument("--out", type=Path, help="a JSON file for all figures")
+    add_output_options(parser, json_name)
+
+
+def step_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, checked; this process and its children get the threads that were asked for."""
     options = parser.parse_args()
     if options.rows < 2 or options.rows % 2:
         parser.error("--rows must be even and at least 2: rows come in pairs.")
     if min(options.steps, options.warmup, options.repeats) < 1:
         parser.error("--steps, --warmup and --repeats must be at least 1.")
     options.precision = options.precision or ("32-true" if options.device == "cpu" else "bf16-mixed")
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
     return options
+
+
+def make_setup(options: argparse.Namespace, folder: str, lengths: str) -> Setup:
+    """What the children are told, where `folder` holds the models."""
+    return Setup(
+        folder=folder, shape=options.shape, lengths=lengths, rows=options.rows, steps=options.warmup + options.steps,
+        device=options.device, precision=options.precision, threads=options.threads, seed=options.seed,
+    )  # fmt: skip
 
 
 def _installed(names: Sequence[str]) -> list[str]:
     """The variants whose module is there; says which are not."""
     missing = [name for name in names if (needs := VARIANTS[name].needs) and importlib.util.find_spec(needs) is None]
     for name in missing:
-        print(f"{name} is left out: {VARIANTS[name].needs} is not installed.")
+        print(f"{name} is left out: {VARIANTS[name].needs} is not installed.", file=sys.stderr)
     return [name for name in names if name not in missing]
 
 
-def _runs(setup: Setup, names: Sequence[str], repeats: int) -> tuple[dict[str, list[Job]], dict[str, str]]:
+def run_variants(
+    setup: Setup, names: Sequence[str], repeats: int, with_memory: bool = True
+) -> tuple[dict[str, list[Job]], dict[str, str]]:
     """What each variant's processes reported, the one for memory last, and why a variant has none."""
     runs: dict[str, list[Job]] = {name: [] for name in names}
     errors: dict[str, str] = {}
     plan = [(name, "fill") for name in names if VARIANTS[name].fills]
     plan += [(name, "time") for _ in range(repeats) for name in names]
-    plan += [(name, "memory") for name in names] if setup.device == "cpu" else []
+    plan += [(name, "memory") for name in names] if setup.device == "cpu" and with_memory else []
     for number, (name, what) in enumerate(plan, 1):
         if name in errors:
             continue
-        print(f"\r{number}/{len(plan)} {what} {name}".ljust(50), end="", file=sys.stderr, flush=True)
+        print(f"\r{setup.lengths} {number}/{len(plan)} {what} {name}".ljust(60), end="", file=sys.stderr, flush=True)
         steps = min(setup.steps, MEMORY_STEPS) if what == "memory" else setup.steps
         job = {"name": name, "setup": asdict(replace(setup, steps=steps))}
         try:
@@ -129,7 +142,9 @@ def _runs(setup: Setup, names: Sequence[str], repeats: int) -> tuple[dict[str, l
             continue
         if what != "fill":
             runs[name].append(found | {"what": what})
-    print("\r".ljust(50), end="\r", file=sys.stderr)
+    print("\r".ljust(60), end="\r", file=sys.stderr)
+    for name, error in errors.items():
+        print(f"{name} failed: {error}", file=sys.stderr)
     return {name: found for name, found in runs.items() if name not in errors}, errors
 
 
@@ -149,25 +164,35 @@ def _response_tokens(setup: Setup) -> list[int]:
     return [sum(len(row.response) for row in step) for step in steps]
 
 
-def _print_losses(runs: dict[str, list[Job]], allowed: float) -> bool:
-    """Prints the losses of the first and the last step; whether the first ones agree with the first variant's."""
+def deviations(runs: dict[str, list[Job]]) -> dict[str, tuple[float, float]]:
+    """Largest relative deviation of each variant's first and last loss from those of the first variant."""
     losses = {name: [run["losses"] for run in found if run["what"] == "time"] for name, found in runs.items()}
-    if not losses:
+    found = {}
+    for name, own in losses.items():
+        reference = next(iter(losses.values()))[0]
+        first, last = (max(abs(run[place] / reference[place] - 1) for run in own) for place in (0, -1))
+        found[name] = first, last
+    return found
+
+
+def _print_losses(runs: dict[str, list[Job]], allowed: float, markdown: bool) -> bool:
+    """Prints the losses of the first and the last step; whether the first ones agree with the first variant's."""
+    if not runs:
         return False
-    reference = next(iter(losses.values()))[0]
-    rows, wrong = [], []
-    for name, found in losses.items():
-        first, last = (max(abs(run[place] / reference[place] - 1) for run in found) for place in (0, -1))
-        rows.append([name, f"{found[0][0]:.7f}", f"{first:.1e}", f"{found[0][-1]:.7f}", f"{last:.1e}"])
+    rows, wrong, losses = [], [], []
+    for name, (first, last) in deviations(runs).items():
+        losses = runs[name][0]["losses"]
+        rows.append([name, f"{losses[0]:.7f}", f"{first:.1e}", f"{losses[-1]:.7f}", f"{last:.1e}"])
         if not first <= allowed:
             wrong.append(name)
-    print(table(["variant", "step-1 loss", "deviation", f"step-{len(reference)} loss", "deviation"], rows), end="\n\n")
+    header = ["variant", "step-1 loss", "deviation", f"step-{len(losses)} loss", "deviation"]
+    print(table(header, rows, markdown), end="\n\n")
     if wrong:
-        print(f"No speed is compared: {', '.join(wrong)} and {next(iter(losses))} differ by more than {allowed:g}.")
+        print(f"No speed is compared: {', '.join(wrong)} and {next(iter(runs))} differ by more than {allowed:g}.")
     return not wrong
 
 
-def _summary(runs: list[Job], tokens: list[int], warmup: int) -> dict[str, float]:
+def summary(runs: list[Job], tokens: list[int], warmup: int) -> dict[str, float]:
     """The figures of one variant: medians over processes of each measured step, and peak memory."""
     timed = [run for run in runs if run["what"] == "time"]
     remembered = [run for run in runs if run["what"] == "memory"] or timed
@@ -184,7 +209,7 @@ def _summary(runs: list[Job], tokens: list[int], warmup: int) -> dict[str, float
     }
 
 
-def _print_table(lines: dict[str, dict[str, float]]) -> None:
+def _print_table(lines: dict[str, dict[str, float]], markdown: bool) -> None:
     baseline = lines.get(BASELINE)
     rows = []
     for name, line in lines.items():
@@ -196,7 +221,7 @@ def _print_table(lines: dict[str, dict[str, float]]) -> None:
         rows.append([name, f"{line['loss']:.6f}", *figures, ratios[0], peak, ratios[1], extra, ratios[2]])
     header = ["variant", "step-1 loss", "ms/step", "cpu ms", "response tok/s", "ratio",
               "peak MiB", "ratio", "extra MiB", "ratio"]  # fmt: skip
-    print(table(header, rows))
+    print(table(header, rows, markdown))
     print(f"\nRatios are to {BASELINE}; extra is the peak over what was in use before the first step.")
 
 

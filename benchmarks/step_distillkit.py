@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import Callback, Trainer
 from step_clock import StepClock
 from step_workload import ADAMW, Example, Setup, examples, has_weights, load_model
 
 from distillkit import DistillModule, Student
-from distillkit.data.loader import RoundLoader
+from distillkit.data.collate import Layout
+from distillkit.data.module import DistillData
 from distillkit.interfaces import Curator
 from distillkit.losses import ForwardKL
 from distillkit.models.scoring import logits_width
@@ -18,13 +19,14 @@ from distillkit.teachers.in_process import TransformersTeacher
 from distillkit.types import Prompt, Prompts, Row
 
 
-def fit(setup: Setup, clock: StepClock, cached: bool = False) -> None:
+def fit(setup: Setup, clock: StepClock, cached: bool = False, layout: Layout = "shared") -> None:
     """DistillModule under Lightning's Trainer.
 
     Args:
         setup: What is run.
         clock: What it is measured with.
         cached: Whether the teacher's hidden states are read from the disk; they are written where they are missing.
+        layout: How the models get a batch, as in `DistillData`.
     """
     accelerator = {"cpu": "cpu", "cuda": "gpu"}[setup.device]
     teacher: Any = _teacher(setup)
@@ -47,7 +49,13 @@ def fit(setup: Setup, clock: StepClock, cached: bool = False) -> None:
         default_root_dir=setup.path("distillkit"), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, GivenData(rows, setup.rows // 2))
+    trainer.fit(module, GivenData(rows, setup.rows // 2, layout))
+
+
+def as_row(example: Example) -> Row:
+    """An example as curators hand it over."""
+    prompt, response, writer, prompt_id = example
+    return Row((*prompt, *response), (False,) * len(prompt) + (True,) * len(response), writer, prompt_id)
 
 
 class GivenPairs(Curator):
@@ -56,9 +64,8 @@ class GivenPairs(Curator):
     def __init__(self, rows: Sequence[Example]) -> None:
         super().__init__()
         self.rows: dict[str, list[Row]] = {}
-        for prompt, response, writer, prompt_id in rows:
-            mask = (False,) * len(prompt) + (True,) * len(response)
-            self.rows.setdefault(prompt_id, []).append(Row((*prompt, *response), mask, writer, prompt_id))
+        for row in rows:
+            self.rows.setdefault(row.prompt_id, []).append(as_row(row))
 
     @property
     def rounds(self) -> str:
@@ -75,22 +82,21 @@ class GivenPairs(Curator):
         return [row for prompt in prompts for row in self.rows[prompt.id]]
 
 
-class GivenData(LightningDataModule):
-    """The prompts of given rows, in their order."""
+class GivenData(DistillData):
+    """The prompts of given rows, in their order; batches are made as ever."""
 
-    def __init__(self, rows: Sequence[Example], batch_size: int) -> None:
-        super().__init__()
+    def __init__(self, rows: Sequence[Example], batch_size: int, layout: Layout) -> None:
+        super().__init__(train="given", batch_size=batch_size, shuffle=False, layout=layout)
         found = {row.prompt_id: Prompt(row.prompt_id, (), tuple(row.prompt)) for row in rows}
-        self.prompts, self.batch_size = Prompts(tuple(found.values())), batch_size
+        self._given = Prompts(tuple(found.values()))
 
-    def train_dataloader(self) -> RoundLoader:
-        """Batches as `DistillData` makes them."""
+    def prepare_data(self) -> None:
+        """There is no file."""
+
+    def setup(self, stage: str) -> None:
+        """There is nothing to tokenise or to validate with."""
         assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        return RoundLoader(
-            self.prompts, module.prepare_curation, module.curate, module.tokenizer.pad_token_id, self.batch_size,
-            rounds=module.curator.rounds, shuffle=False,
-        )  # fmt: skip
+        self.prompts, self.trainer.limit_val_batches = {"train": self._given}, 0
 
 
 class _Ends(Callback):

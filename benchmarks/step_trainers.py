@@ -11,6 +11,8 @@ from step_clock import StepClock
 from step_workload import ADAMW, Example, Setup, examples, load_model, load_tokenizer
 from torch import Tensor
 
+from distillkit.data.collate import Layout
+
 
 def textbook(setup: Setup, clock: StepClock) -> None:
     """Both models' logits of every position, padded on the right; KL(p‖q) of all, then the mask; its mean."""
@@ -70,5 +72,10 @@ VARIANTS: dict[str, Variant] = {
     "trl-gkd": Variant(step_trl.gkd, needs="trl"),
     "trl-distillation": Variant(step_trl.distillation, needs="trl"),
     "distillkit": Variant(step_distillkit.fit),
-    "distillkit-cached": Variant(step_distillkit.fit, {"cached": True}, needs="distillkit.teachers.cached", fills=True),
+    "distillkit-cached": Variant(step_distillkit.fit, {"cached": True}, fills=True),
+    "distillkit-packed": Variant(step_distillkit.fit, {"layout": "packed"}),
+    "distillkit-padded": Variant(step_distillkit.fit, {"layout": "padded"}),
 }
+
+LAYOUTS: dict[Layout, str] = {"padded": "distillkit-padded", "packed": "distillkit-packed", "shared": "distillkit"}
+"""The variants that differ in the layout of a batch alone."""

@@ -22,7 +22,7 @@ ADAMW: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 
 _SPREAD = 0.5  # standard deviation of the lengths' logarithm
 _SHORTEST = 16
-_QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,15 @@ def load_model(setup: Setup, name: str) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
 
 
+def quickstart_pair() -> tuple[str, list[int]]:
+    """The quickstart's teacher, and which of its layers the student has."""
+    student = yaml.safe_load(QUICKSTART.read_text())["model"]["student"]
+    return student["source"], student["keep_layers"]
+
+
 def _save_smollm2(folder: Path) -> None:
     """The quickstart's pair: SmolLM2-135M, and a copy of 12 of its 30 layers."""
-    model = yaml.safe_load(_QUICKSTART.read_text())["model"]
-    source, layers = model["student"]["source"], model["student"]["keep_layers"]
+    source, layers = quickstart_pair()
     for name, loader in (("teacher", Student(source)), ("student", Student(source, keep_layers=layers))):
         loader.load().save_pretrained(folder / name)
         loader.tokenizer().save_pretrained(folder / name)

@@ -122,12 +122,16 @@ def skl(logp: Tensor, logq: Tensor, alpha: float | Tensor = 0.1) -> Pair:
     if _is_zero(alpha):
         return kl(logp, logq)
     _bound(logp, logq)
-    p, q = logp.exp(), logq.exp_()
-    share = _column(alpha)
+    p, q = logp.exp(), logq.exp()
+    share = _column(alpha, q)
     mixed = _mixture(p, q, share)
-    held = torch.mul(p, q).div_(mixed).mul_(share - 1.0)  # −r
-    values = _dot(p, logp.sub_(mixed.log_()))
-    return _unbound(values), held.sub_(q.mul_(held.sum(-1, keepdim=True)))
+    held = torch.div(q, mixed)
+    log_m = mixed.log_()
+    if isinstance(share, Tensor):  # at α = 0 the mixture is q, also where q underflows
+        held.masked_fill_(share == 0, 1.0)
+        torch.where(share == 0, logq, log_m, out=log_m)
+    held.mul_(p).mul_(share - 1.0)  # −r
+    return _unbound(_dot(p, logp.sub_(log_m))), _projected(held, q)
 
 
 def srkl(logp: Tensor, logq: Tensor, alpha: float | Tensor = 0.1, detach_mixture: bool = False) -> Pair:
@@ -145,11 +149,14 @@ def srkl(logp: Tensor, logq: Tensor, alpha: float | Tensor = 0.1, detach_mixture
     if _is_zero(alpha):
         return rkl(logp, logq)
     _bound(logp, logq)
-    p, q = logp.exp_(), logq.exp()
-    share = _column(alpha)
+    p, q = logp.exp(), logq.exp()
+    share = _column(alpha, q)
     mixed = _mixture(q, p, share)
     of_mixture = None if detach_mixture else torch.mul(q, q, out=p).div_(mixed).mul_(share)
-    terms = logq.sub_(mixed.log_()).mul_(q)
+    log_m = mixed.log_()
+    if isinstance(share, Tensor):  # at α = 0 the mixture is p, also where p underflows
+        torch.where(share == 0, logp, log_m, out=log_m)
+    terms = logq.sub_(log_m).mul_(q)
     values = terms.sum(-1)
     held = terms if of_mixture is None else terms.sub_(of_mixture)
     return _unbound(values), _projected(held, q)
@@ -195,8 +202,8 @@ def _projected(held: Tensor, q: Tensor) -> Tensor:
     return held.sub_(q.mul_(held.sum(-1, keepdim=True)))
 
 
-def _column(alpha: float | Tensor) -> float | Tensor:
-    return alpha.detach().unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
+def _column(alpha: float | Tensor, like: Tensor) -> float | Tensor:
+    return alpha.detach().to(like.dtype).unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
 
 
 def _is_zero(alpha: float | Tensor) -> bool:
@@ -205,6 +212,5 @@ def _is_zero(alpha: float | Tensor) -> bool:
 
 def _mixture(first: Tensor, second: Tensor, share: float | Tensor) -> Tensor:
     """share·first + (1−share)·second `[n, V]`, and the least normal number where both underflow."""
-    share = share.to(first.dtype) if isinstance(share, Tensor) else share
     mixed = torch.lerp(second, first, share)
     return mixed.clamp_min_(torch.finfo(first.dtype).tiny)

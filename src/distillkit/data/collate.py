@@ -13,7 +13,7 @@ from distillkit.types import Batch, Row
 Layout = Literal["shared", "packed", "padded"]
 
 
-def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared") -> Batch:
+def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared", bucket: int = 1) -> Batch:
     """Makes a batch of rows, on the CPU.
 
     Masks come from lengths and from the rows, never from token ids: `pad_id` may be a token that rows contain.
@@ -24,6 +24,7 @@ def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared") -> Batc
         pad_id: Token id that fills the rows up; it is neither attended to nor trained on.
         layout: `shared` also lays the rows end to end, those of one prompt with one copy of what they begin with;
             `packed` does so with a copy for each; `padded` does not.
+        bucket: The length of what is laid end to end is a multiple of it.
 
     Raises:
         DataError: If a row is empty, its mask has another length than its tokens, or it trains on its first token.
@@ -54,7 +55,7 @@ def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared") -> Batc
         writer=tuple(row.writer for row in rows),
         pair=pair,
         keys=tuple(row.key for row in rows),
-        packed=None if layout == "padded" else pack(rows, pair, share=layout == "shared"),
+        packed=None if layout == "padded" else pack(rows, pair, layout == "shared", pad_id, bucket),
     )
 
 

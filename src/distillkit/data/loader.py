@@ -31,6 +31,7 @@ class RoundLoader:
         rank: Number of this process.
         world: Number of processes.
         layout: How rows are laid out, as `collate` says.
+        bucket: What the length of packed rows is a multiple of.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class RoundLoader:
         rank: int = 0,
         world: int = 1,
         layout: Layout = "shared",
+        bucket: int = 1,
     ) -> None:
         self.prompts, self.prepare, self.curate, self.pad_id = prompts, prepare, curate, pad_id
         self.batch_size, self.accumulate, self.rounds, self.epoch = batch_size, accumulate, rounds, epoch
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.layout: Layout = layout
+        self.bucket = bucket
         self._done = self._resume_at = 0
         self._prepared = False
 
@@ -108,7 +111,7 @@ class RoundLoader:
 
     def _batch(self, places: Sequence[int], rows: dict[str, list[Row]]) -> Batch:
         groups = [rows[self.prompts[place].id] for place in places]
-        return collate(rank_rows(groups, self.rank, self.world), self.pad_id, self.layout)
+        return collate(rank_rows(groups, self.rank, self.world), self.pad_id, self.layout, self.bucket)
 
 
 class FixedLoader:

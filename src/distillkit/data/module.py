@@ -35,6 +35,8 @@ class DistillData(LightningDataModule):
         layout: How the models get a batch. `shared`: the rows end to end without padding, those of one prompt with one
             copy of what they begin with; `packed`: a copy for each; `padded`: rows of equal length. All give the same
             loss to rounding; a model whose attention can't be told who sees whom gets padded rows.
+        bucket: The length of packed rows is filled up to a multiple of so many tokens: fewer lengths, for models that
+            are compiled to CUDA graphs.
 
     Raises:
         ConfigError: If a number is below 1.
@@ -54,9 +56,15 @@ class DistillData(LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
         layout: Layout = "shared",
+        bucket: int = 1,
     ) -> None:
         super().__init__()
-        numbers = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_length": max_length}
+        numbers = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_length": max_length,
+            "bucket": bucket,
+        }
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ConfigError(f"DistillData.{name} must be at least 1, got {number}.")
@@ -65,6 +73,7 @@ class DistillData(LightningDataModule):
         self.max_length, self.overlong, self.chat, self.system = max_length, overlong, chat, system
         self.shuffle, self.seed = shuffle, seed
         self.layout: Layout = layout
+        self.bucket = bucket
         self.prompts: dict[str, Prompts] = {}
         self._records: dict[str, list[Record]] = {}
         self._loader: RoundLoader | None = None
@@ -117,7 +126,7 @@ class DistillData(LightningDataModule):
         self._loader = RoundLoader(
             self.prompts["train"], module.prepare_curation, module.curate, module.tokenizer.pad_token_id,
             self.batch_size, trainer.accumulate_grad_batches, module.curator.rounds, lambda: trainer.current_epoch,
-            self.shuffle, self.seed, trainer.global_rank, trainer.world_size, self.layout,
+            self.shuffle, self.seed, trainer.global_rank, trainer.world_size, self.layout, self.bucket,
         )  # fmt: skip
         if self._resume_at:
             self._loader.load_state_dict(self._resume_at)

@@ -8,7 +8,7 @@ import torch
 from distillkit.types import Packed, Row, Segment
 
 
-def pack(rows: Sequence[Row], groups: Sequence[int], share: bool) -> Packed:
+def pack(rows: Sequence[Row], groups: Sequence[int], share: bool, pad_id: int = 0, bucket: int = 1) -> Packed:
     """Lays rows end to end.
 
     The tokens that all rows of a group begin with stand once, before what is each row's own. A row attends to what it
@@ -19,6 +19,8 @@ def pack(rows: Sequence[Row], groups: Sequence[int], share: bool) -> Packed:
         rows: The batch's rows; each trains on no first token.
         groups: Number of the group of each row.
         share: Whether the rows of a group share their beginning.
+        pad_id: Token id that fills the line up.
+        bucket: The line's length is a multiple of it; what fills it up is a row that nothing sees.
 
     Returns:
         The line, with the places in it that predict the rows' trained tokens, row by row.
@@ -43,6 +45,7 @@ def pack(rows: Sequence[Row], groups: Sequence[int], share: bool) -> Packed:
         for place in members:
             own = add(rows[place].input_ids[shared:], shared, (begin, begin + shared))
             starts[place] = (begin, shared, own)
+    add([pad_id] * (-len(tokens) % bucket), 0)
     predicting = []
     for row, (begin, shared, own) in zip(rows, starts, strict=True):
         trained = (place for place, marked in enumerate(row.response_mask[1:]) if marked)

@@ -11,6 +11,8 @@ from distillkit.models.sources import prepare
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+Compile = bool | Literal["reduce-overhead", "max-autotune"]
+
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,17 +35,19 @@ def load_model(source: str, dtype: Dtype, attn_implementation: str | None = None
     return model
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, mode: Compile) -> None:
     """Has `torch.compile` make kernels of each decoder layer, in place: names and weights stay as they are.
 
     Layers are alike, so that what is made of the first serves all. Attention over packed rows stays outside.
 
     Args:
         model: A transformers causal language model, with adapters or without.
+        mode: A mode of `torch.compile`. With `reduce-overhead`, which records CUDA graphs, every length of a batch is
+            made anew: `data.bucket` keeps them few. True is the default mode, in which one kernel serves all lengths.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for layer in base.get_decoder().layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True) if mode is True else layer.compile(mode=mode, dynamic=False)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

@@ -128,6 +128,7 @@ def attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _segment(
     query: Tensor,
     key: Tensor,

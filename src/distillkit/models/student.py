@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from distillkit.errors import ConfigError
-from distillkit.models.loading import DTYPES, compile_layers, load_model
+from distillkit.models.loading import DTYPES, Compile, compile_layers, load_model
 from distillkit.models.pruning import keep_layers as keep
 from distillkit.models.sources import prepare
 from distillkit.models.tokenizers import load_tokenizer
@@ -55,7 +55,8 @@ class Student:
         gradient_checkpointing: Computes each layer again in the backward pass: less memory, about a third more time.
         attn_implementation: Attention kernel by transformers' name, such as `sdpa`; None lets transformers choose. Rows
             are packed with `sdpa` alone.
-        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start.
+        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start; or its
+            mode: `reduce-overhead` records CUDA graphs, for which `data.bucket` keeps the lengths few.
 
     Raises:
         ConfigError: If `keep_layers` is empty, negative, repeated or not ascending, or `dtype` is unknown.
@@ -69,7 +70,7 @@ class Student:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
-        compile: bool = False,
+        compile: Compile = False,
     ) -> None:
         if keep_layers is not None:
             _check_layers(keep_layers)
@@ -110,7 +111,7 @@ class Student:
         if self.lora is not None:
             model = _with_adapters(model, self.lora)
         if self.compile:
-            compile_layers(model)
+            compile_layers(model, self.compile)
         trained: nn.Module = model.train()
         return trained
 

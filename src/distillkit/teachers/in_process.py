@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distillkit.interfaces import Teacher
-from distillkit.models.loading import compile_layers, load_model
+from distillkit.models.loading import Compile, compile_layers, load_model
 from distillkit.models.scoring import check_head, logits_width, score
 from distillkit.models.sources import check, identity, prepare
 from distillkit.models.tokenizers import load_tokenizer
@@ -21,7 +21,8 @@ class TransformersTeacher(Teacher):
         dtype: Type of its weights.
         attn_implementation: Attention that transformers uses, such as `sdpa`; None leaves the choice to it. Rows are
             packed with `sdpa` alone.
-        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start.
+        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start; or its
+            mode: `reduce-overhead` records CUDA graphs, for which `data.bucket` keeps the lengths few.
 
     Raises:
         ModelError: If the source is malformed or a file of it is missing.
@@ -32,7 +33,7 @@ class TransformersTeacher(Teacher):
         source: str,
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         attn_implementation: str | None = None,
-        compile: bool = False,
+        compile: Compile = False,
     ) -> None:
         check(source)
         self.source, self.dtype, self.attn_implementation = source, dtype, attn_implementation
@@ -50,7 +51,7 @@ class TransformersTeacher(Teacher):
         self._vocab = min(self._vocab or width, width)
         check_head(model, f"teacher {self.source}")
         if self.compile:
-            compile_layers(model)
+            compile_layers(model, self.compile)
 
     def unload(self) -> None:
         """Frees the weights, also where a generator still holds the model."""
