@@ -31,7 +31,7 @@ class OutputHead:
 
     def __call__(self, hidden: Tensor, /) -> Tensor:
         """Logits `[n, V]` of hidden states `[n, D]`."""
-        if type(self.module) is nn.Linear:
+        if _is_plain(self.module):
             weight, bias = _whole(self.module.weight), _whole(self.module.bias)
             logits = nn.functional.linear(hidden, weight[: self.vocab], None if bias is None else bias[: self.vocab])
         else:
@@ -49,13 +49,21 @@ class OutputHead:
         return self.module.parameters()
 
 
+def _is_plain(module: Any) -> bool:
+    """Whether a module is a linear layer and nothing more; sharding makes a subclass of it, adapters another forward."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def _whole(parameter: Any) -> Any:
-    """All of a parameter that fully sharded training has cut up; its gradient is put together over the ranks."""
+    """All of a parameter that is sharded over ranks; its gradient is the mean of theirs, as sharded training has it."""
     if not hasattr(parameter, "full_tensor"):
         return parameter
     from torch.distributed.tensor import Partial  # here: only sharded runs need it
 
-    return parameter.full_tensor(grad_placements=[Partial() for _ in parameter.placements])
+    whole = parameter.full_tensor(grad_placements=[Partial() for _ in parameter.placements])
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / parameter.device_mesh.size())
+    return whole
 
 
 class HeadPass:
@@ -71,10 +79,10 @@ class HeadPass:
     """
 
     def __init__(self, head: Head, hidden: Tensor) -> None:
-        if type(head) is nn.Linear:
+        if _is_plain(head):
             head = OutputHead(head, head.out_features)
         self.head = head
-        self.plain = head if isinstance(head, OutputHead) and type(head.module) is nn.Linear else None
+        self.plain = head if isinstance(head, OutputHead) and _is_plain(head.module) else None
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
         if self.plain is None:
             self.leaves = [parameter for parameter in head.parameters() if parameter.requires_grad]
@@ -134,7 +142,8 @@ class HeadPass:
             `[n, D]` gradient by its hidden states.
         """
         if self.plain is None:
-            found = torch.autograd.grad(self._slope, (self._hidden, *self.leaves), grad.to(self._slope.dtype))
+            leaves = (self._hidden, *self.leaves)
+            found = torch.autograd.grad(self._slope, leaves, grad.to(self._slope.dtype), materialize_grads=True)
             for (own,), more in zip(self._sums, found[1:], strict=True):
                 own += more
             by_hidden: Tensor = found[0]

@@ -4,6 +4,7 @@ It stands behind a name of its own in transformers' registry and hands every cal
 attention. Letters: L tokens in the line, H query heads, G key heads, d head width.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,12 +19,13 @@ NAME = "distillkit"
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
-def install(config: Any, body: nn.Module) -> str | None:
+def install(config: Any, body: Callable[..., Any], device: torch.device) -> str | None:
     """Puts packed attention in front of a model's own, if that changes nothing.
 
     Args:
         config: The configuration of a transformers text model.
         body: The model without its head, in evaluation mode.
+        device: Where it is.
 
     Returns:
         None, or why the model can't be given packed rows; it then has its own attention back.
@@ -33,7 +35,6 @@ def install(config: Any, body: nn.Module) -> str | None:
     own = config._attn_implementation
     if own not in ("sdpa", NAME):
         return f"its attention is {own}, and only sdpa can be told who sees whom"
-    device = next(body.parameters()).device
     rows, slots, line = _probe(device)
     padded = body(input_ids=rows, attention_mask=(slots >= 0).long(), use_cache=False).last_hidden_state[slots >= 0]
     AttentionInterface.register(NAME, attention)
@@ -51,7 +52,7 @@ def install(config: Any, body: nn.Module) -> str | None:
     return f"packed ones change its hidden states by {gap:.3g} of their norm"
 
 
-def run(body: nn.Module, line: Packed) -> Tensor:
+def run(body: Callable[..., Any], line: Packed) -> Tensor:
     """Last hidden states `[L, D]` of the tokens of a line."""
     token = _packed.set(True)  # no mask is made: the line's segments say who sees whom
     try:

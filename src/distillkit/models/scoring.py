@@ -90,7 +90,8 @@ def packs(model: nn.Module) -> bool:
     base = base_model(model)
     if not hasattr(base, _PACKS):
         with evaluating(model), torch.no_grad():
-            reason = packing.install(base.config.get_text_config(), base.get_decoder())
+            device = base.get_output_embeddings().weight.device
+            reason = packing.install(base.config.get_text_config(), base.get_decoder(), device)
         setattr(base, _PACKS, reason is None)
         if reason is not None:
             _log.info("%s is given padded rows: %s", type(base).__name__, reason)
