@@ -50,7 +50,7 @@ class OutputHead:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a module is a linear layer and nothing more; sharding makes a subclass of it, adapters another forward."""
+    """Whether a module is a linear layer and no more; sharding makes a subclass of it, an adapter another forward."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 

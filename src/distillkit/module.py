@@ -21,13 +21,12 @@ from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
 from distillkit.generators.writers import Writers
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
-from distillkit.losses.budget import budget_in_mib
 from distillkit.models.scoring import check_head, score, share_vocab, side_by_side
 from distillkit.models.student import Student
 from distillkit.models.tokenizers import require_same
 from distillkit.optimization import Shape, with_schedule
 from distillkit.store import ResponseStore
-from distillkit.types import Batch, Progress, Prompts, Row, Sampling, Scores, Summary
+from distillkit.types import Batch, Progress, Prompts, Row, Sampling, Scores, Slicing, Summary
 
 
 class DistillModule(LightningModule):
@@ -44,7 +43,7 @@ class DistillModule(LightningModule):
         warmup: Share of the optimizer steps over which the learning rate grows from 0, in [0, 1).
         answers: How validation's answers are drawn, by teacher and student; None is greedy, at most 128 tokens.
         store: Folder of the response store; None is `responses` in the run's folder.
-        loss_memory: MiB that a loss may hold at once for log-probabilities; None leaves it to the device.
+        slicing: How the loss is run over positions; None is as `Slicing` has it.
 
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, or a number is out of range.
@@ -62,7 +61,7 @@ class DistillModule(LightningModule):
         warmup: float = 0.05,
         answers: Sampling | None = None,
         store: str | None = None,
-        loss_memory: int | None = None,
+        slicing: Slicing | None = None,
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
@@ -81,7 +80,7 @@ class DistillModule(LightningModule):
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0
-        self._budget = budget_in_mib("model.loss_memory", loss_memory)
+        self.slicing = slicing or Slicing()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -142,7 +141,7 @@ class DistillModule(LightningModule):
     def score(self, batch: Batch, with_teacher: bool = True) -> tuple[Scores, Scores | None]:
         """What student and, if wanted, teacher say about the batch's response positions."""
         teacher = self.teacher if with_teacher else None
-        student = partial(score, self.student, batch, self._vocab, self._budget)
+        student = partial(score, self.student, batch, self._vocab, self.slicing)
         return side_by_side(student, None if teacher is None else partial(teacher.score, batch), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -155,7 +155,7 @@ class Segment(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning rebuilds batches field by field where it trains in half precision
 class Packed:
     """The rows of a batch end to end, without padding; L tokens.
 
@@ -262,6 +262,28 @@ class LogitsHead:
 
 
 @dataclass(frozen=True)
+class Slicing:
+    """How a loss is run over positions, whose log-probabilities are made a slice at a time.
+
+    Args:
+        memory: MiB that a loss may hold at once for log-probabilities, at least 1; None is 224 on the CPU, and on a GPU
+            a 32nd of its memory, at most 2048.
+        compile: Whether `torch.compile` makes kernels of what the loss does to a slice, which takes a minute at the
+            start.
+
+    Raises:
+        ConfigError: If `memory` is below 1.
+    """
+
+    memory: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.memory < 1:
+            raise ConfigError(f"Slicing.memory must be at least 1 MiB, got {self.memory}.")
+
+
+@dataclass(frozen=True)
 class Scores:
     """What one model says about the N response positions of a batch.
 
@@ -277,7 +299,7 @@ class Scores:
         vocab: V, the number of tokens that the head scores; K+1 with a support.
         support: `[N, K]` token ids of the columns, or None where column v is token v.
         own: `[N]` log-probability of each position's own token; given with a support, which may not contain it.
-        budget: Bytes that a loss may hold at once for log-probabilities; None for its own choice.
+        slicing: How a loss is run over them.
     """
 
     hidden: Tensor
@@ -285,7 +307,7 @@ class Scores:
     vocab: int
     support: Tensor | None = None
     own: Tensor | None = None
-    budget: int | None = None
+    slicing: Slicing = field(default_factory=Slicing)
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> "Scores":

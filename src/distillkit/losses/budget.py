@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distillkit.errors import ConfigError
 from distillkit.types import Scores
 
 MIB = 2**20
@@ -32,28 +31,20 @@ def default_budget(device: torch.device) -> int:
     return min(int(torch.cuda.get_device_properties(device).total_memory * DEVICE_SHARE), LARGEST_DEVICE_BUDGET)
 
 
-def budget_in_mib(name: str, number: int | None) -> int | None:
-    """Bytes of `number` MiB, or a ConfigError that names the setting `name`; None stays None."""
-    if number is None:
-        return None
-    if number < 1:
-        raise ConfigError(f"{name} must be at least 1 MiB, got {number}.")
-    return number * MIB
-
-
 class Budget:
     """Divides a budget between slices, which the heads work on, and blocks, which the loss works on.
 
     Args:
         owner: The loss, or whatever stands for it.
-        student: The scores that it is given: their vocabulary, type and `budget` count.
+        student: The scores that it is given: their vocabulary, type and `slicing` count.
         num_heads: How many `[n, V]` tensors a slice needs.
     """
 
     def __init__(self, owner: object, student: Scores, num_heads: int) -> None:
         hidden = student.hidden
         self.owner, self.key = owner, (student.vocab, hidden.dtype, hidden.device.type, torch.is_grad_enabled())
-        total = student.budget or default_budget(hidden.device)
+        memory = student.slicing.memory
+        total = default_budget(hidden.device) if memory is None else memory * MIB
         on_cpu = hidden.device.type == "cpu"
         self.block_bytes = min(total // 4, 8 * CPU_BLOCK) if on_cpu else total // 4
         wide = 8 if hidden.dtype == torch.float64 else 4

@@ -36,7 +36,7 @@ class Sliced:
 
     The gradient of each slice is taken while its log-probabilities exist, and they are written over by the next slice:
     peak memory is that of one slice plus `[N, D]` and the head's own gradient. Slices and blocks are as large as
-    `student.budget` bytes allow, by what the loss is seen to need.
+    `student.slicing` allows, by what the loss is seen to need.
 
     Args:
         owner: The loss, whose need of memory is measured once.
@@ -61,6 +61,9 @@ class Sliced:
         self.student, self.teacher, self.targets, self.temperature = student, teacher, targets, temperature
         self.support = None if teacher is None else teacher.support
         self.values, self.gradient = values, gradient if self.support is None else None
+        if student.slicing.compile:  # what is made for a loss's code is found again in the next step
+            self.values = torch.compile(self.values, dynamic=True)
+            self.gradient = None if self.gradient is None else torch.compile(self.gradient, dynamic=True)
         self.hidden = student.hidden.detach()
         self.head = HeadPass(student.head, self.hidden)
         self.teacher_head = None if teacher is None or self.support is not None else HeadPass(teacher.head, self.hidden)

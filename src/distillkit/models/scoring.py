@@ -15,7 +15,7 @@ from distillkit.errors import ModelError
 from distillkit.heads import OutputHead
 from distillkit.interfaces import Teacher
 from distillkit.models import packing
-from distillkit.types import Batch, Scores
+from distillkit.types import Batch, Scores, Slicing
 
 _log = logging.getLogger(__name__)
 
@@ -67,14 +67,14 @@ def output_head(model: nn.Module, vocab: int) -> OutputHead:
     return OutputHead(base.get_output_embeddings(), vocab, scale, getattr(text, "final_logit_softcapping", None))
 
 
-def score(model: nn.Module, batch: Batch, vocab: int, budget: int | None = None) -> Scores:
+def score(model: nn.Module, batch: Batch, vocab: int, slicing: Slicing | None = None) -> Scores:
     """Scores of the batch's response positions; prompt and padding positions never reach the head.
 
     Args:
         model: A transformers causal language model.
         batch: Rows; their packed form is used if the model can take it.
         vocab: V.
-        budget: Bytes that a loss may hold at once for log-probabilities.
+        slicing: How a loss is run over them; None is as `Slicing` has it.
     """
     body, line = base_model(model).get_decoder(), batch.packed
     if line is not None and packs(model):
@@ -82,7 +82,7 @@ def score(model: nn.Module, batch: Batch, vocab: int, budget: int | None = None)
     else:
         found = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
         hidden = found.last_hidden_state.flatten(0, 1)[batch.positions]  # [B·T, D] -> [N, D]
-    return Scores(hidden, output_head(model, vocab), vocab, budget=budget)
+    return Scores(hidden, output_head(model, vocab), vocab, slicing=slicing or Slicing())
 
 
 def packs(model: nn.Module) -> bool:
