@@ -5,7 +5,7 @@ tokens are those that pass through the layers of both models, padding included. 
 step's losses agree with the padded layout's.
 
     python benchmarks/layouts.py
-    python benchmarks/layouts.py --lengths prompt --rows 16 --steps 6 --repeats 3
+    python benchmarks/layouts.py --lengths prompt --rows 8 --steps 6 --repeats 3
 """
 
 import argparse
@@ -15,10 +15,19 @@ from pathlib import Path
 
 from measure import Job
 from results import table, write_json
-from step import AGREEMENT, add_step_options, deviations, make_setup, run_variants, step_options, summary
+from step import (
+    AGREEMENT,
+    add_step_options,
+    deviations,
+    make_setup,
+    response_tokens,
+    run_variants,
+    step_options,
+    summary,
+)
 from step_distillkit import as_row
 from step_trainers import LAYOUTS
-from step_workload import LENGTHS, SHAPES, Setup, examples
+from step_workload import LENGTHS, SHAPES, Setup, step_examples
 
 from distillkit.data.collate import Layout, collate
 from distillkit.errors import DistillKitError
@@ -32,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", default=tuple(LENGTHS), choices=tuple(LENGTHS), help="rows' lengths")
     add_step_options(parser, "layouts.json")
-    parser.set_defaults(steps=3, warmup=1, repeats=2)
+    parser.set_defaults(rows=4, steps=2, warmup=1, repeats=2)
     options = step_options(parser)
     rows: list[Job] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -52,26 +61,24 @@ def measure(setup: Setup, warmup: int, repeats: int) -> list[Job]:
     runs, errors = run_variants(setup, list(LAYOUTS.values()), repeats, with_memory=False)
     if errors:
         sys.exit(1)
-    differ, rows = deviations(runs), []
-    responses = [sum(len(row.response) for row in step) for step in _steps(setup)]
+    rows: list[Job] = []
     for layout, name in LAYOUTS.items():
-        deviation = differ[name][0]
+        deviation = deviations(runs)[name][0]
         if not deviation <= ALLOWED[setup.precision]:
-            sys.exit(
-                f"{name} differs by {deviation:.1e} from the padded layout on {setup.lengths}: no speed is compared."
-            )
+            sys.exit(f"{name} differs from the padded layout by {deviation:.1e} on {setup.lengths}: no speed is given.")
         tokens = body_tokens(setup, layout)[warmup:]
-        figures = {"lengths": setup.lengths, "layout": layout, "body_tokens": sum(tokens) / len(tokens)}
-        figures |= {"deviation": deviation, **summary(runs[name], responses, warmup), "runs": runs[name]}
-        padded = rows[0] if rows else figures
-        rows.append(figures | {"saved": 1 - figures["body_tokens"] / padded["body_tokens"],
-                               "time_ratio": figures["step_ms"] / padded["step_ms"]})  # fmt: skip
+        row: Job = {"lengths": setup.lengths, "layout": layout, "body_tokens": sum(tokens) / len(tokens)}
+        row |= {"deviation": deviation, **summary(runs[name], response_tokens(setup), warmup)}
+        rows.append(row | {"runs": runs[name]})
+    for row in rows:
+        row["saved"] = 1 - row["body_tokens"] / rows[0]["body_tokens"]
+        row["time_ratio"] = row["step_ms"] / rows[0]["step_ms"]
     return rows
 
 
 def body_tokens(setup: Setup, layout: Layout) -> list[int]:
     """Tokens of each step that pass through the layers."""
-    batches = [collate([as_row(row) for row in step], pad_id=0, layout=layout) for step in _steps(setup)]
+    batches = [collate([as_row(row) for row in step], pad_id=0, layout=layout) for step in step_examples(setup)]
     return [(batch if batch.packed is None else batch.packed).input_ids.numel() for batch in batches]
 
 
@@ -84,11 +91,6 @@ def as_table(rows: list[Job], markdown: bool) -> str:
         lines.append([row["lengths"], row["layout"], *tokens, *times, f"{row['deviation']:.1e}"])
     header = ("lengths", "layout", "body tokens", "saved", "ms/step", "cpu ms", "time/padded", "step-1 loss deviation")
     return table(header, lines, markdown)
-
-
-def _steps(setup: Setup) -> list:
-    rows = examples(setup)
-    return [rows[start : start + setup.rows] for start in range(0, len(rows), setup.rows)]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from measure import ChildError, Job, child_job, report, run_child
 from results import add_output_options, table, write_json
 from step_clock import StepClock
 from step_trainers import LAYOUTS, VARIANTS
-from step_workload import LENGTHS, SHAPES, Setup, examples
+from step_workload import LENGTHS, SHAPES, Setup, step_examples
 
 from distillkit.errors import DistillKitError
 
@@ -66,7 +66,7 @@ def main() -> int:
         SHAPES[options.shape].save(Path(folder))
         setup = make_setup(options, folder, options.lengths)
         runs, errors = run_variants(setup, names, options.repeats)
-        tokens = _response_tokens(setup)
+        tokens = response_tokens(setup)
     agree = _print_losses(runs, AGREEMENT[options.precision], options.markdown)
     lines = {name: summary(found, tokens, options.warmup) for name, found in runs.items()} if agree else {}
     if lines:
@@ -157,11 +157,9 @@ def _measure(name: str, setup: dict[str, Any]) -> Job:
     return clock.result()
 
 
-def _response_tokens(setup: Setup) -> list[int]:
+def response_tokens(setup: Setup) -> list[int]:
     """Response tokens of each step."""
-    rows = examples(setup)
-    steps = (rows[start : start + setup.rows] for start in range(0, len(rows), setup.rows))
-    return [sum(len(row.response) for row in step) for step in steps]
+    return [sum(len(row.response) for row in step) for step in step_examples(setup)]
 
 
 def deviations(runs: dict[str, list[Job]]) -> dict[str, tuple[float, float]]:

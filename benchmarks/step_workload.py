@@ -100,6 +100,12 @@ def examples(setup: Setup) -> list[Example]:
     return rows
 
 
+def step_examples(setup: Setup) -> list[list[Example]]:
+    """The rows of each step."""
+    rows = examples(setup)
+    return [rows[start : start + setup.rows] for start in range(0, len(rows), setup.rows)]
+
+
 @dataclass(frozen=True)
 class Shape:
     """A pair of models.

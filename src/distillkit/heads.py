@@ -79,7 +79,7 @@ class HeadPass:
     """
 
     def __init__(self, head: Head, hidden: Tensor) -> None:
-        if _is_plain(head):
+        if isinstance(head, nn.Linear) and _is_plain(head):
             head = OutputHead(head, head.out_features)
         self.head = head
         self.plain = head if isinstance(head, OutputHead) and _is_plain(head.module) else None

@@ -174,6 +174,11 @@ class Teacher(ABC):
         """The model in this process that a generator may continue prompts with; None if there is none."""
         return None
 
+    @property
+    def scorer(self) -> nn.Module | None:
+        """What runs in this process when it scores: the model, its output embedding alone, or nothing."""
+        return self.model
+
 
 class Verifier(ABC):
     """Judges a response."""

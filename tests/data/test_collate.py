@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from distillkit.data.collate import collate
 from distillkit.errors import DataError
@@ -75,3 +76,13 @@ def test_a_row_whose_mask_does_not_fit_is_refused(ids, mask):
 def test_a_row_that_trains_on_its_first_token_is_refused():
     with pytest.raises(DataError, match="first token"):
         collate([Row((1, 2), (T, T), "student", "a")], pad_id=0)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_lightning_may_rebuild_a_batch_in_half_precision(layout):
+    batch = collate([Row((1, 2, 3), (F, T, T), "teacher", "a"), Row((1, 4), (F, T), "student", "a")], 0, layout)
+    found = HalfPrecision("bf16-true").convert_input(batch)
+    assert found.keys == batch.keys
+    assert torch.equal(found.input_ids, batch.input_ids)
+    assert (found.packed is None) == (layout == "padded")
+    assert found.packed is None or found.packed.segments == batch.packed.segments

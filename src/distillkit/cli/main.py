@@ -6,6 +6,7 @@ from distillkit.errors import DistillKitError
 
 VERBS = {
     "fit": "train a student",
+    "curate": "write the responses of the first round ahead of training",
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
     "plugins": "list the installed parts",
@@ -29,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
             from distillkit.cli import plugins
 
             return plugins.run(rest)
+        if verb == "curate":
+            from distillkit.cli import curate
+
+            return curate.run(rest)
         if verb in VERBS:
             from distillkit.cli import train
 

@@ -24,8 +24,29 @@ from distillkit.module import DistillModule
 _command = Command()  # what this process was asked for: jsonargparse's messages don't say where a fault is
 
 
+_FIT_ONLY = ("ckpt_path", "weights_only")
+
+
 def run(verb: str, arguments: list[str]) -> int:
     """Runs `verb` with the arguments that follow it.
+
+    Raises:
+        ConfigError: If a config file or argument is wrong; no model has been loaded then.
+    """
+    return launch(DistillCLI, verb, arguments, save_config_callback=SaveConfig)
+
+
+def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings: Any) -> int:
+    """Runs a verb of `cli`.
+
+    Args:
+        cli: Parses the configuration and runs the verb.
+        verb: The verb.
+        arguments: The arguments that follow it.
+        settings: Further arguments of LightningCLI.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
         ConfigError: If a config file or argument is wrong; no model has been loaded then.
@@ -35,22 +56,24 @@ def run(verb: str, arguments: list[str]) -> int:
     merged: configs.Config = {}
     for file in files:
         merged = configs.merge(merged, configs.load(file))
+    # A saved configuration has these, and a verb may have no such argument: they don't matter where they say nothing.
+    merged = {key: value for key, value in merged.items() if value is not None or key not in _FIT_ONLY}
     _command.config, _command.arguments = merged, rest
     _command.classes = [*configs.named_parts(merged, rest), DistillModule, DistillData, Student, Trainer]
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "merged.yaml"
         resolved.write_text(yaml.safe_dump(merged, sort_keys=False))
-        DistillCLI(
+        cli(
             DistillModule,
             DistillData,
             args=[verb, *([f"--config={resolved}"] if files else []), *rest],
             parser_class=Parser,
-            save_config_callback=SaveConfig,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": -1, "default_root_dir": "runs/default", "log_every_n_steps": 10},
             parser_kwargs={"allow_abbrev": False},
+            **settings,
         )
     return 0
 
@@ -115,7 +138,7 @@ class DistillCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with CSV and TensorBoard logs in the run's folder unless other loggers are configured."""
         trainer = self._get(self.config_init, "trainer")
-        if trainer.logger in (None, True):
+        if "logger" not in kwargs and trainer.logger in (None, True):
             root = trainer.default_root_dir
             table = CSVLogger(root, name="csv", flush_logs_every_n_steps=1)
             kwargs["logger"] = [table, TensorBoardLogger(root, name="tensorboard")]

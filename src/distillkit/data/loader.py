@@ -100,14 +100,23 @@ class RoundLoader:
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         return [batches[start : start + self.accumulate] for start in range(0, len(batches), self.accumulate)]
 
+    def first_round(self) -> Prompts:
+        """The prompts of round 0, the first that an iteration curates."""
+        steps = self._steps(0)
+        return self._asked(0, steps, 0, self.rounds if isinstance(self.rounds, int) else len(steps))
+
     def _round(self, epoch: int, steps: list[list[list[int]]], first: int, length: int) -> dict[str, list[Row]]:
         """The rows of the round that begins with step `first`, by prompt id."""
-        places = [place for step in steps[first : first + length] for batch in step for place in batch]
-        number = epoch * -(-len(steps) // length) + first // length
         rows: dict[str, list[Row]] = {}
-        for row in self.curate(Prompts(tuple(self.prompts[place] for place in places), number)):
+        for row in self.curate(self._asked(epoch, steps, first, length)):
             rows.setdefault(row.prompt_id, []).append(row)
         return rows
+
+    def _asked(self, epoch: int, steps: list[list[list[int]]], first: int, length: int) -> Prompts:
+        """The prompts of that round."""
+        places = [place for step in steps[first : first + length] for batch in step for place in batch]
+        number = epoch * -(-len(steps) // length) + first // length
+        return Prompts(tuple(self.prompts[place] for place in places), number)
 
     def _batch(self, places: Sequence[int], rows: dict[str, list[Row]]) -> Batch:
         groups = [rows[self.prompts[place].id] for place in places]

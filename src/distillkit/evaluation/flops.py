@@ -19,11 +19,12 @@ from torch import nn
 from distillkit.models.scoring import base_model, packs
 from distillkit.types import Batch
 
-CALIBRATION = {"cuda": 8192, "cpu": 1024}
+WIDTHS = {"cuda": 8192, "cpu": 1024}
 """Width of the square matrices that the rate is measured with: large enough for the device's best rate. Other devices
 get that of `cpu`."""
 
 CALIBRATION_SECONDS = 0.25
+"""How long that takes; a type for which the device has no kernels gets smaller matrices."""
 
 
 @dataclass(frozen=True)
@@ -119,29 +120,38 @@ def arithmetic_type(weight: torch.Tensor, context: AbstractContextManager[Any]) 
 
 @torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """FLOPs per second of a product of two square matrices, and their width.
-
-    The best of those that fit into `CALIBRATION_SECONDS`, at least one after a first for warming up.
+    """FLOPs per second of a product of two square matrices, the best of several, and their width.
 
     Args:
         device: Where.
         dtype: Type of the matrices.
     """
-    width = CALIBRATION.get(device.type, CALIBRATION["cpu"])
-    matrix = torch.randn(width, width, device=device, generator=_generator(device)).to(dtype)
-    out, best, end = torch.empty_like(matrix), 0.0, float("inf")
-    while (start := time.perf_counter()) < end:
-        torch.mm(matrix, matrix, out=out)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds = time.perf_counter() - start
-        if end == float("inf"):
-            end = time.perf_counter() + CALIBRATION_SECONDS
-        else:
-            best = max(best, 2.0 * width**3 / seconds)
-    return best, width
+    width, largest = 256, WIDTHS.get(device.type, WIDTHS["cpu"])
+    while True:
+        product = _Product(width, device, dtype)
+        product.seconds()  # warms up
+        seconds = product.seconds()
+        if width == largest or 8 * seconds > CALIBRATION_SECONDS / 4:  # twice the width takes 8 times as long
+            break
+        width *= 2
+    end = time.perf_counter() + CALIBRATION_SECONDS
+    while time.perf_counter() < end:
+        seconds = min(seconds, product.seconds())
+    return 2.0 * width**3 / seconds, width
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    """Random numbers of its own: those of the run stay as they are."""
-    return torch.Generator(device).manual_seed(0)
+class _Product:
+    """A product of two random matrices of this width."""
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        own = torch.Generator(device).manual_seed(0)  # the run's random numbers stay as they are
+        self.matrix = torch.randn(width, width, device=device, generator=own).to(dtype)
+        self.out = torch.empty_like(self.matrix)
+
+    def seconds(self) -> float:
+        """How long it takes this time."""
+        start = time.perf_counter()
+        torch.mm(self.matrix, self.matrix, out=self.out)
+        if self.matrix.device.type != "cpu":
+            torch.accelerator.synchronize(self.matrix.device)
+        return time.perf_counter() - start

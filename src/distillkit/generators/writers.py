@@ -38,7 +38,7 @@ class Writers:
         ranks: Ranks,
         teacher_fingerprint: Callable[[], str | None] | None = None,
     ) -> None:
-        self.models, self.tokenizer = models, tokenizer
+        self.models, self.tokenizer, self.store = models, tokenizer, store
         self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
         self._teacher, self._known = "", teacher_fingerprint
         self.generators: dict[str, Generator] = {}

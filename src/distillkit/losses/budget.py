@@ -48,7 +48,8 @@ class Budget:
         on_cpu = hidden.device.type == "cpu"
         self.block_bytes = min(total // 4, 8 * CPU_BLOCK) if on_cpu else total // 4
         wide = 8 if hidden.dtype == torch.float64 else 4
-        self.cached = max(1, (CPU_BLOCK if on_cpu else self.block_bytes // 2) // (wide * student.vocab))
+        cached = min(CPU_BLOCK, self.block_bytes) if on_cpu else self.block_bytes // 2
+        self.cached = max(1, cached // (wide * student.vocab))
         self.positions = max(1, (total - self.block_bytes) // (wide * num_heads * student.vocab))
 
     def block(self, run: Callable[[], Any]) -> int:

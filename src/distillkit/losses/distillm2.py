@@ -113,7 +113,7 @@ class DistiLLM2(Loss):
         parts = row_slices(lengths, sliced.positions)
         if parts is None:  # a row is longer than a slice: its gap needs a pass of its own
             with torch.no_grad():
-                own_p, own_q = (target_log_probs(scores, targets) for scores in (teacher, student))
+                own_p, own_q = (target_log_probs(scores, targets, student.slicing) for scores in (teacher, student))
             gaps = _gap(side, own_p, own_q, rows, len(lengths))
             sliced.targets = None
         total, (found, gap, alpha) = sliced.sum(weights, parts, skew)

@@ -37,7 +37,7 @@ class DPKD(Loss):
         chosen, rejected = _pairs(batch)
         logq = row_means(target_log_probs(student, batch.targets), batch)
         with torch.no_grad():
-            logp = row_means(target_log_probs(teacher, batch.targets), batch)
+            logp = row_means(target_log_probs(teacher, batch.targets, student.slicing), batch)
         margin = (logq[chosen] - logq[rejected]) - (logp[chosen] - logp[rejected])
         metrics = {
             "margin": margin.detach(),

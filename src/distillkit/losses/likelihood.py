@@ -1,5 +1,6 @@
 """Log-likelihoods of whole responses, in memory that does not grow with N·V."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor
 
 from distillkit import gradients
 from distillkit.losses.slicing import Sliced, own_log_probs
-from distillkit.types import Batch, Scores
+from distillkit.types import Batch, Scores, Slicing
 
 
-def target_log_probs(scores: Scores, targets: Tensor) -> Tensor:
+def target_log_probs(scores: Scores, targets: Tensor, slicing: Slicing | None = None) -> Tensor:
     """Log-probability of each position's own token, differentiable.
 
     What a slice's gradient is multiplied by is known only in the backward pass, so that its log-probabilities are
@@ -19,12 +20,14 @@ def target_log_probs(scores: Scores, targets: Tensor) -> Tensor:
     Args:
         scores: Scores of N positions.
         targets: `[N]` token ids.
+        slicing: How they are sliced; None is as the scores have it, which of a teacher is not what was asked for.
 
     Returns:
         `[N]` nats, at most 0.
     """
     if scores.own is not None:
         return scores.own
+    scores = replace(scores, slicing=slicing or scores.slicing)
 
     def log_probs(_: None, logq: Tensor, own: Tensor) -> Tensor:
         return own_log_probs(logq, own)

@@ -247,6 +247,11 @@ class CachedTeacher(Teacher):
             self._load()
         return self.teacher.model
 
+    @property
+    def scorer(self) -> nn.Module | None:
+        """The head if hidden states are kept, else nothing; the model is not loaded."""
+        return self._kept.head.module if isinstance(self._kept, KeptHidden) else None
+
 
 def _batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
     """Rows of similar length, the shortest first, of at most `limit` tokens with padding, or one row."""

@@ -1,0 +1,112 @@
+"""The verb `curate`: what `fit` would have written, and scored, before its first step."""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from distillkit.cli.train import DistillCLI, launch
+from distillkit.curators.single import TeacherCurator
+from distillkit.data.module import DistillData
+from distillkit.errors import ConfigError
+from distillkit.interfaces import Teacher
+from distillkit.module import DistillModule
+from distillkit.types import Prompts
+
+
+def run(arguments: list[str]) -> int:
+    """Runs `curate` with the arguments that follow it.
+
+    Raises:
+        ConfigError: If a config file or argument is wrong; no model has been loaded then.
+    """
+    full = [
+        f"{flag}=true" if flag == "--score" and value not in ("true", "false") else flag
+        for flag, value in itertools.pairwise([*arguments, ""])
+    ]
+    return launch(CurateCLI, "curate", full, trainer_class=CurationTrainer, save_config_callback=None)
+
+
+class CurationTrainer(Trainer):
+    """A trainer that can stop where training would begin."""
+
+    def curate(self, model: DistillModule, datamodule: DistillData, score: bool = False) -> None:
+        """Has the responses of the first round written, and those to the held-out prompts.
+
+        Args:
+            model: Who writes.
+            datamodule: The prompts.
+            score: Whether the teacher, a `CachedTeacher`, scores them as well.
+
+        Raises:
+            ConfigError: If the teacher is to score and keeps no scores.
+        """
+        if score and (model.teacher is None or type(model.teacher).prepare is Teacher.prepare):
+            found = "none" if model.teacher is None else f"a {type(model.teacher).__name__}"
+            raise ConfigError(
+                f"--score needs a teacher that keeps its scores, and model.teacher is {found}: wrap it in a "
+                "CachedTeacher, or leave --score out."
+            )
+        curation = Curation(score)
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it through a connector
+        callbacks.append(curation)
+        self.fit(model, datamodule=datamodule)
+        if self.is_global_zero:
+            print("\n".join(curation.report))
+
+
+class Curation(Callback):
+    """Curates once the models stand as they do at the first step, and ends the run.
+
+    Args:
+        score: Whether the teacher scores what was written.
+    """
+
+    def __init__(self, score: bool) -> None:
+        self.score = score
+        self.report: list[str] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Writes first, so that a teacher that leaves the memory is loaded once."""
+        store, generators = pl_module.writers.store, pl_module.writers.generators
+        before = _counts(store)
+        loader, held_out = trainer.datamodule.train_dataloader(), trainer.datamodule.prompts.get("val", Prompts(()))
+        first = loader.first_round()
+        if held_out and pl_module.teacher is not None:
+            TeacherCurator(pl_module.answers).curate(held_out, generators)
+        pl_module.prepare_curation(loader.prompts)
+        pl_module.curator.curate(first, generators)
+        after = _counts(store)
+        self.report = [
+            f"{store.folder}: {count} responses by the {writer}, {before[writer]} of them were there already"
+            for writer, count in sorted(after.items())
+        ] or [f"{store.folder}: no responses, they all come with the data"]
+        if self.score:  # as in training: what was written is read, and the rows are handed to the teacher
+            rows = pl_module.held_out_rows(held_out) if held_out else []
+            rows += pl_module.curate(first) if pl_module.loss.needs_teacher else []
+            self.report.append(f"the teacher's scores of {len(rows)} rows are kept")
+        trainer.should_stop = True
+
+
+def _counts(store: Any) -> Counter[str]:
+    """Responses in a store by who wrote them."""
+    found: Counter[str] = Counter()
+    for shard in store.shards():
+        found[shard["writer"]] += shard["responses"]
+    return found
+
+
+class CurateCLI(DistillCLI):
+    """The same configuration as that of `fit`, with a trainer that does nothing else."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one verb."""
+        return {"curate": {"model", "datamodule"}}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer without callbacks, logs, checkpoints and bars, and without anything that keeps it from ending."""
+        shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        ending = {"num_sanity_val_steps": 0, "min_epochs": None, "min_steps": None, "fast_dev_run": False}
+        return super().instantiate_trainer(callbacks=[], **dict.fromkeys(shown, False), **ending, **kwargs)
