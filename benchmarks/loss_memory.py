@@ -260,6 +260,9 @@ def main() -> None:
             job |= {"device": options.device, "dtype": options.dtype}
             beta = DIVERGENCES[divergence].beta
             names = [name for name in installed if name in ("textbook", "distillkit") or beta is not None]
+            if not names:
+                print(f"{divergence}: no implementation that was asked for has it", file=sys.stderr)
+                continue
             too_large = [name for name in names if estimate(name, job, rows) > options.limit * 2**30]
             print(f"{divergence} N={positions} V={vocab}", file=sys.stderr)
             found = run_point(job, [name for name in names if name not in too_large], options.repeats)

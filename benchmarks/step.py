@@ -143,8 +143,8 @@ def run_variants(
         if what != "fill":
             runs[name].append(found | {"what": what})
     print("\r".ljust(60), end="\r", file=sys.stderr)
-    for name, error in errors.items():
-        print(f"{name} failed: {error}", file=sys.stderr)
+    for name, reason in errors.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
     return {name: found for name, found in runs.items() if name not in errors}, errors
 
 

@@ -2,10 +2,9 @@
 
 The quickstart's pair: SmolLM2-135M greedily answers held-out prompts, and the student, 12 of its 30 layers without any
 training unless `--student` names another, is compared with it by KL(p‖q) at temperature 1, the mean over the response
-tokens. Each cache is written, then read by
-a `CachedTeacher` that never loads a model. Hidden states must come back bit for bit, in the batch in which they were
-scored. What `top_k` lacks must be what the chain rule says: KL(p‖q) − KL of the K+1 columns = p(tail) · KL(p in the
-tail ‖ q in the tail), which is at least 0 and at most p(tail) · max log ratio in the tail.
+tokens. Each cache is written, then read by a `CachedTeacher` that never loads a model. Hidden states must come back bit
+for bit, in the batch in which they were scored. What `top_k` lacks must be what the chain rule says: KL(p‖q) − KL of
+the K+1 columns = p(tail) · KL(p in the tail ‖ q in the tail), at least 0 and at most p(tail) · max log ratio there.
 
     python benchmarks/teacher_cache.py
     python benchmarks/teacher_cache.py --prompts 100 --k 16 64 256 1024
@@ -124,7 +123,7 @@ def written_cache(
     writer = CachedTeacher(teacher, keep, k, str(folder))
     writer.setup(batch.input_ids.device)
     writer.score(batch)
-    unloaded = TransformersTeacher(teacher.source, teacher.dtype)  # type: ignore[arg-type]
+    unloaded = TransformersTeacher(teacher.source, teacher.dtype)
     reader = CachedTeacher(unloaded, keep, k, str(folder))
     reader.setup(batch.input_ids.device)
     reader.score(batch)

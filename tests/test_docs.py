@@ -53,6 +53,25 @@ NOT_RUN_HERE = {
     ),
 }
 
+BENCHMARKS = {
+    'pip install -e ".[benchmark]"': Elsewhere("would change this environment", "tests/test_benchmarks.py"),
+    "python benchmarks/loss_memory.py --losses kl jsd skl srkl --positions 1024 8192 --vocab 32768 151936": Elsewhere(
+        "takes minutes and a quiet machine", "tests/test_benchmarks.py"
+    ),
+    "python benchmarks/scaling.py --grid full --plot scaling.png": Elsewhere(
+        "takes minutes and a quiet machine", "tests/test_benchmarks.py"
+    ),
+    "python benchmarks/step.py --lengths even": Elsewhere(
+        "takes minutes and a quiet machine", "tests/test_benchmarks.py"
+    ),
+    "python benchmarks/step.py --device cuda --shape random-7b-1.5b": Elsewhere(
+        "takes minutes and a quiet machine", "tests/test_benchmarks.py"
+    ),
+    "python benchmarks/layouts.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+    "python benchmarks/teacher_cache.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+}
+NOT_RUN_HERE |= BENCHMARKS
+
 # The plugin of the README, as a distribution's folder holds it.
 PLUGIN = ("distillkit_hellinger.py", "pyproject.toml")
 
@@ -192,6 +211,9 @@ def test_continuous_integration_runs_what_is_not_run_here(command):
     script = (ROOT / ".ci" / "run").read_text()
     if entry.where.startswith("test_"):
         assert entry.where in globals()
+    elif entry.where.startswith("tests/"):  # a smaller run of the same script
+        script_name = re.search(r"benchmarks/(\w+\.py)", command)
+        assert script_name is None or script_name[1] in (ROOT / entry.where).read_text()
     elif entry.where.startswith(".ci/run "):
         step = re.search(rf"^step {entry.where.split()[1]}\n(.*?)(?=^step |\Z)", script, re.DOTALL | re.MULTILINE)
         assert step is not None

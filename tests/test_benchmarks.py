@@ -1,0 +1,54 @@
+"""Each benchmark runs, at a size that says nothing about speed: it is the parity that they assert which is tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+STEP = ["--shape", "tiny", "--steps", "1", "--warmup", "1", "--repeats", "1"]
+
+
+def run(tmp_path, name, *arguments):
+    """What the benchmark wrote."""
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / name), *arguments, "--json", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_the_step_is_the_same_in_a_plain_loop_and_here(tmp_path):
+    names = ("textbook", "distillkit", "distillkit-padded", "distillkit-cached")
+    found = run(tmp_path, "step.py", *STEP, "--variants", *names)
+    assert all(name in json.dumps(found) for name in names)
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_textbooks(tmp_path):
+    sizes = ["--positions", "32", "--vocab", "512", "--repeats", "1"]
+    found = run(tmp_path, "loss_memory.py", "--losses", "kl", "jsd", "skl", "srkl", *sizes)
+    assert "srkl" in json.dumps(found)
+
+
+@pytest.mark.slow
+def test_layouts_give_the_same_loss(tmp_path):
+    found = run(tmp_path, "layouts.py", *STEP)
+    assert all(lengths in json.dumps(found) for lengths in ("prompt", "even", "response"))
+
+
+@pytest.mark.slow
+def test_a_cache_of_the_real_teacher_loses_what_the_chain_rule_says(tmp_path):
+    found = run(tmp_path, "teacher_cache.py", "--prompts", "2", "--tokens", "8", "--k", "16", "--repeats", "1")
+    assert "hidden" in json.dumps(found)
+
+
+@pytest.mark.slow
+def test_growth_is_fitted(tmp_path):
+    found = run(tmp_path, "scaling.py", "--parts", "step", "--repeats", "1")
+    assert "step" in json.dumps(found)
