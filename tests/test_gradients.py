@@ -46,6 +46,7 @@ def settings():
 
 SETTINGS = settings()
 every_setting = pytest.mark.parametrize("name", SETTINGS)
+every_divergence = pytest.mark.parametrize("name", [name for name in SETTINGS if name != "cross_entropy"])
 
 
 def logits(kind="random", dtype=torch.float64, seed=0):
@@ -88,7 +89,7 @@ def test_every_function_is_tested_and_has_a_divergence_of_the_same_name():
     assert public - {"cross_entropy"} <= set(vars(divergences))
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "cross_entropy"])
+@every_divergence
 def test_a_function_takes_what_its_divergence_takes(name):
     function = SETTINGS[name][0]
     here, there = (inspect.signature(getattr(module, function)).parameters for module in (gradients, divergences))
@@ -101,10 +102,8 @@ def test_value_and_gradient_are_those_of_autograd(name, kind):
     assert_agree(name, *logits(kind))
 
 
-@every_setting
-def test_the_gradient_is_zero_where_student_equals_teacher(name):
-    if name == "cross_entropy" or "detached" in name:
-        pytest.skip("it is not at its minimum there")
+@every_divergence
+def test_value_and_gradient_are_zero_where_student_equals_teacher(name):
     p = logits("peaked")[0]
     values, grad = in_closed_form(name, p, p.clone())
     assert values.abs().max() < 1e-14
@@ -129,10 +128,12 @@ def test_in_float32_it_is_no_less_accurate_than_autograd(name, kind, near):
         exact = by_autograd(name, p.double(), q.double())
         for way in (in_closed_form, by_autograd):
             errors += [(own.double() - true).square().sum() for own, true in zip(way(name, p, q), exact, strict=True)]
-    value, grad, auto_value, auto_grad = torch.stack(errors).view(-1, 4).sum(0).sqrt().tolist()
-    # Measured over 256 positions: at most 1.4 times autograd's error for values, 1.8 for gradients; often below 1.
-    assert value <= 2 * auto_value
-    assert grad <= 2 * auto_grad
+    value, grad, auto_value, auto_grad = torch.stack(errors).view(-1, 4).mean(0).div(N).sqrt().tolist()
+    # Measured: at most 1.4 times autograd's error for values and 1.8 for gradients, often below 1; but the skews at
+    # α = 0.9, where values and gradients are small, keep one rounding of the mixture (4e-8 and 7e-8 of a position).
+    rounding = torch.finfo(torch.float32).eps
+    assert value <= max(2 * auto_value, rounding)
+    assert grad <= max(2 * auto_grad, rounding)
 
 
 def with_rare_tokens(dtype):
@@ -156,7 +157,8 @@ def test_in_float32_it_agrees_with_float64_where_probabilities_underflow(name):
     p, q = with_rare_tokens(torch.float32)
     exact = by_autograd(name, p.double(), q.double())
     for found, expected in zip(in_closed_form(name, p, q), exact, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+        atol = max(1e-7, 1e-6 * float(expected.abs().max()))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=atol)
 
 
 def excluded_by(side, dtype):
@@ -179,10 +181,8 @@ def infinite(name, side):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("side", ["teacher", "student"])
-@every_setting
-def test_where_one_side_excludes_a_token_it_is_infinite_like_the_divergence_and_the_gradient_no_nan(name, side, dtype):
-    if name == "cross_entropy":
-        pytest.skip("see the excluded target")
+@every_divergence
+def test_where_one_side_excludes_a_token_it_is_infinite_like_the_divergence_and_the_gradient_finite(name, side, dtype):
     p, q = excluded_by(side, dtype)
     values, grad = in_closed_form(name, p, q)
     auto_values, auto_grad = by_autograd(name, p, q)
@@ -190,13 +190,13 @@ def test_where_one_side_excludes_a_token_it_is_infinite_like_the_divergence_and_
     assert torch.equal(values.isposinf(), expected)
     assert torch.equal(auto_values.isposinf(), expected)
     assert grad.isfinite().all()
-    # Where the student excludes, the gradient of infinity is that of its finite part, by autograd as well; where the
-    # teacher does autograd gives NaN, and the closed form a finite one that pushes the student off those tokens.
-    known = auto_grad.isfinite().all(-1)
-    assert torch.equal(known, ~expected if side == "teacher" else torch.ones(N, dtype=torch.bool))
     rtol = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
-    torch.testing.assert_close(grad[known], auto_grad[known], rtol=rtol, atol=rtol / 100)
-    assert (grad[~known][:, -5:] > 1e20).all()
+    torch.testing.assert_close(grad[~expected], auto_grad[~expected], rtol=rtol, atol=rtol / 100)
+    if side == "student":  # the gradient of infinity is that of a large number: it pulls the excluded tokens up
+        assert (grad[expected][:, -5:] < 0).all()
+        assert (grad[expected].abs() <= 1).all()
+    else:  # autograd gives NaN; the closed form pushes the student off the excluded tokens with all that a float holds
+        assert (grad[expected][:, -5:] > 1e20).all()
 
 
 def test_a_target_that_the_student_excludes_is_infinite_and_pulls_at_its_logit():

@@ -96,8 +96,14 @@ class HeadPass:
         self._hidden = self._slope = hidden[:0]
         self._sums: list[list[Tensor]] = []
 
+    @property
+    def num_tensors(self) -> int:
+        """How many `[n, V]` tensors a slice of which a gradient is taken needs."""
+        return 1 if self.plain is not None and self.plain.softcap is None else 2
+
     def logits(self, hidden: Tensor, out: Tensor, with_grad: bool = False) -> Tensor:
         """Writes the logits of hidden states `[n, D]` to `out` `[n, V]`; `with_grad` says that `backward` follows."""
+        self._slope = hidden[:0]  # the last slice's is let go before this one's is made
         if self.plain is None:
             with torch.set_grad_enabled(with_grad):
                 self._hidden = hidden.detach().requires_grad_(with_grad)

@@ -37,10 +37,10 @@ class Budget:
     Args:
         owner: The loss, or whatever stands for it.
         student: The scores that it is given: their vocabulary, type and `slicing` count.
-        num_heads: How many `[n, V]` tensors a slice needs.
+        num_tensors: How many `[n, V]` tensors a slice needs.
     """
 
-    def __init__(self, owner: object, student: Scores, num_heads: int) -> None:
+    def __init__(self, owner: object, student: Scores, num_tensors: int) -> None:
         hidden = student.hidden
         self.owner, self.key = owner, (student.vocab, hidden.dtype, hidden.device.type, torch.is_grad_enabled())
         memory = student.slicing.memory
@@ -48,9 +48,9 @@ class Budget:
         on_cpu = hidden.device.type == "cpu"
         self.block_bytes = min(total // 4, 8 * CPU_BLOCK) if on_cpu else total // 4
         wide = 8 if hidden.dtype == torch.float64 else 4
-        cached = min(CPU_BLOCK, self.block_bytes) if on_cpu else self.block_bytes // 2
+        cached = min(CPU_BLOCK, self.block_bytes // 2) if on_cpu else self.block_bytes // 2
         self.cached = max(1, cached // (wide * student.vocab))
-        self.positions = max(1, (total - self.block_bytes) // (wide * num_heads * student.vocab))
+        self.positions = max(1, (total - self.block_bytes) // (wide * num_tensors * student.vocab))
 
     def block(self, run: Callable[[], Any]) -> int:
         """How many positions a block has, at least 1.

@@ -68,7 +68,8 @@ class Sliced:
         self.head = HeadPass(student.head, self.hidden)
         self.teacher_head = None if teacher is None or self.support is not None else HeadPass(teacher.head, self.hidden)
         self.with_grad = torch.is_grad_enabled() and (student.hidden.requires_grad or bool(self.head.leaves))
-        self.budget = Budget(owner, student, 1 if self.teacher_head is None else 2)
+        num_tensors = self.head.num_tensors if self.with_grad else 1
+        self.budget = Budget(owner, student, num_tensors + (self.teacher_head is not None))
         self.reported: list[tuple[Tensor, ...]] = []
         self._buffers: list[Tensor] = []
 
