@@ -35,7 +35,8 @@ def loss(student, rank):
 
 def largest_gap(sharded, whole):
     pairs = zip(sharded.parameters(), whole.parameters(), strict=True)
-    return max(float((own.grad.full_tensor() - other.grad).abs().max() / other.grad.abs().max()) for own, other in pairs)
+    grads = [(own.grad.full_tensor(), other.grad) for own, other in pairs]
+    return max(float((own - other).abs().max() / other.abs().max()) for own, other in grads)
 """
 
 HEAD = """
