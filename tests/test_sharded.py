@@ -1,11 +1,16 @@
 """Heads of fully sharded models, on two ranks over gloo: gradients are the mean of the ranks', as of one process."""
 
+from pathlib import Path
+
 import pytest
 
 from gloo import run_ranks
 
-START = """
+START = f"""
+import sys
 import types
+
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,6 +57,7 @@ own = hidden(rank)
 loss(Scores(own, OutputHead(sharded, V), V), rank).backward()
 (sum(loss(Scores(hidden(other), OutputHead(whole, V), V), other) for other in range(world)) / world).backward()
 found = largest_gap(sharded, whole)
+torch.distributed.barrier()  # a rank that leaves early closes what the other still reads
 """
 
 MODEL = """
@@ -67,6 +73,7 @@ score_of = lambda model, other: score(model, batch(other), V)
 loss(score_of(sharded, rank), rank).backward()
 (sum(loss(score_of(whole, other), other) for other in range(world)) / world).backward()
 found = largest_gap(sharded, whole)
+torch.distributed.barrier()  # a rank that leaves early closes what the other still reads
 """
 
 
