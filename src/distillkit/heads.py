@@ -200,7 +200,7 @@ class HeadPass:
             yield rows, weight[rows].to(self.dtype)
 
 
-_ROWS = 16384
+_ROWS = 8192
 """Rows of the head that are cast, or whose gradient is made, at once."""
 
 
