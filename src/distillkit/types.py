@@ -266,7 +266,7 @@ class Slicing:
     """How a loss is run over positions, whose log-probabilities are made a slice at a time.
 
     Args:
-        memory: MiB that a loss may hold at once for log-probabilities, at least 1; None is 224 on the CPU, and on a GPU
+        memory: MiB that a loss may hold at once for log-probabilities, at least 1; None is 304 on the CPU, and on a GPU
             a 32nd of its memory, at most 2048.
         compile: Whether `torch.compile` makes kernels of what the loss does to a slice, which takes a minute at the
             start.
