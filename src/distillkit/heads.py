@@ -133,7 +133,7 @@ class HeadPass:
         for own in self.leaves:
             dtype = torch.promote_types(own.dtype, torch.float32)
             # Chunks, so that a sum in another type can be freed piece by piece when it is done with.
-            size = len(own) if own.dtype == dtype else _ROWS
+            size = len(own) if own.dtype == dtype or own.dim() == 1 else _ROWS
             self._sums.append(
                 [torch.zeros_like(own[first : first + size], dtype=dtype) for first in range(0, len(own), size)]
             )
@@ -162,11 +162,7 @@ class HeadPass:
             by_hidden = torch.zeros(self._hidden.shape, dtype=self.wide, device=grad.device)
             trained = {id(own): sums for own, sums in zip(self.leaves, self._sums, strict=True)}
             if self.bias is not None and id(self.bias) in trained:
-                by_bias, sums = grad.sum(0), trained[id(self.bias)]
-                for own, rows in zip(
-                    sums, [slice(0, len(by_bias))] if len(sums) == 1 else _cut(len(by_bias)), strict=False
-                ):
-                    own[: rows.stop - rows.start] += by_bias[rows]
+                trained[id(self.bias)][0][: grad.shape[1]] += grad.sum(0)
             for number, (rows, weight) in enumerate(self._chunks(grad.shape[1])):
                 part = grad[:, rows].to(self.dtype)
                 by_hidden += part @ weight
