@@ -85,14 +85,25 @@ class Loss(nn.Module, ABC):
 class Generator(ABC):
     """Continues prompts with a model."""
 
+    models: tuple[str, ...] | None = None
+    """The run's models that it writes with, such as `student` and `teacher`; `()` for none, where it has its own; None
+    for the one that its writer is named after."""
+
     @abstractmethod
     def refresh(self, model: nn.Module, tokenizer: Any) -> None:
-        """Takes the weights that `model` has now.
+        """Takes the weights that `model` has now. Called before it writes, in each round anew.
 
         Args:
-            model: A transformers causal language model.
-            tokenizer: Its tokenizer.
+            model: A transformers causal language model; where `models` names some, an `nn.ModuleDict` of those.
+            tokenizer: The run's tokenizer.
         """
+
+    def identity(self) -> str | None:
+        """Names what its responses depend on besides the run's models and the sampling; None if nothing.
+
+        It is part of a response's provenance: a server's model, a file's content, settings of its own.
+        """
+        return None
 
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
@@ -115,6 +126,16 @@ class Curator(nn.Module, ABC):
     def writers(self) -> frozenset[str]:
         """The generators that `curate` asks for by name, such as `teacher` and `student`."""
 
+    def brings(self) -> Mapping[str, Generator]:
+        """Generators of its own, by the name of the writer; for all others the run's generator writes."""
+        return {}
+
+    def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
+        """Moves the schedules and curators among its direct parts; called as `Schedule.update` is."""
+        for child in self.children():
+            if isinstance(child, Schedule | Curator):
+                child.update(progress, metrics)
+
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
         """Writes what is written once, for all prompts of the run. Called before the first round."""
 
@@ -127,7 +148,9 @@ class Curator(nn.Module, ABC):
             generators: A generator per name in `writers`, holding the weights of the round's start.
 
         Returns:
-            As many rows for each prompt as for every other, those of one prompt together, in the prompts' order.
+            As many rows for each prompt as for every other, those of one prompt together, in the prompts' order. A row
+            that is not to be trained on has an empty `response_mask` (False everywhere). A row may stand for another
+            prompt than the one whose place it takes (replay).
         """
 
 

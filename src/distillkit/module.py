@@ -70,7 +70,7 @@ class DistillModule(LightningModule):
                 raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
         if not 0 <= warmup < 1:
             raise ConfigError(f"model.warmup must lie in [0, 1), a share of the optimizer steps, got {warmup}.")
-        self.loader, self.loss, self.teacher = student, loss, teacher
+        self.loader, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
         self.generator = generator or TransformersGenerator()
         self.optimizer, self.lr_schedule, self.warmup, self.store = optimizer, lr_schedule, warmup, store
         self.student: Any = None  # a transformers model, once `configure_model` has run
@@ -80,7 +80,6 @@ class DistillModule(LightningModule):
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0
-        self.slicing = slicing or Slicing()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -116,10 +115,10 @@ class DistillModule(LightningModule):
         """The generators of this run, behind its response store."""
         trainer, rank = self.trainer, self.trainer.global_rank
         store = ResponseStore(self.store or Path(trainer.default_root_dir) / "responses", rank)
-        ranks = Ranks(rank, trainer.world_size, trainer.strategy.barrier)
+        ranks, brought = Ranks(rank, trainer.world_size, trainer.strategy.barrier), self.curator.brings()
         models = {"student": lambda: self.student, "teacher": lambda: getattr(self.teacher, "model", None)}
         known = getattr(self.teacher, "fingerprint", None)
-        return Writers(self.generator, store, models, self.tokenizer, ranks, known)
+        return Writers(self.generator, store, models, self.tokenizer, ranks, known, brought)
 
     def prepare_curation(self, prompts: Prompts) -> None:
         """Has everything written that is written once."""
@@ -158,15 +157,18 @@ class DistillModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts the schedules, and the random numbers of a resumed run, where the run stands."""
-        self.loss.update(Progress(self.trainer.global_step, int(self.trainer.estimated_stepping_batches)), {})
+        self._move(self.trainer.global_step)
         resume.restore_random(self._saved.get("random", []), self.global_rank, self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then moves the schedules: before a checkpoint of this step can be written."""
         super().optimizer_step(*args, **kwargs)
         self._step = self.meter.reduce()
-        progress = Progress(self.trainer.global_step + 1, int(self.trainer.estimated_stepping_batches))
-        self.loss.update(progress, self._step)
+        self._move(self.trainer.global_step + 1)
+
+    def _move(self, step: int) -> None:
+        for part in (self.loss, self.curator):
+            part.update(Progress(step, int(self.trainer.estimated_stepping_batches)), self._step)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Logs what the step's loss reported."""

@@ -115,12 +115,15 @@ class Response:
         token_ids: The response's tokens, end of turn included where it was written.
         text: The decoded response without special tokens.
         finish: `stop` if the model ended its turn, `length` if `max_new_tokens` cut it.
+        log_probs: What its writer says of each token, by its logits as they are (temperature 1, the whole vocabulary);
+            empty if it doesn't tell.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     text: str
     finish: Literal["stop", "length"]
+    log_probs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

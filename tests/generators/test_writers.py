@@ -4,9 +4,10 @@ from distillkit.errors import ConfigError
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
 from distillkit.generators.writers import Writers
+from distillkit.interfaces import Generator
 from distillkit.models.fingerprint import fingerprint
 from distillkit.store import ResponseStore
-from distillkit.types import Prompt, Prompts, Sampling
+from distillkit.types import Prompt, Prompts, Response, Sampling
 from tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -43,3 +44,36 @@ def test_the_fingerprint_of_a_teacher_that_has_none_is_taken_of_its_model(tmp_pa
 def test_a_writer_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="asks the teacher to write, and there is no teacher model in this process"):
         writers(tmp_path, lambda: None).generators["teacher"].generate(PROMPTS, SHORT)
+
+
+class Pair(Generator):
+    """Writes with both models of the run."""
+
+    models = ("student", "teacher")
+
+    def refresh(self, model, tokenizer):
+        self.held = dict(model.items())
+
+    def identity(self):
+        return "pair:2"
+
+    def generate(self, prompts, sampling):
+        return [Response(prompt.id, (1,), "", "stop") for prompt in prompts]
+
+
+def test_a_generator_of_the_curator_gets_the_models_that_it_names_and_both_are_in_the_provenance(tmp_path):
+    student, teacher, pair = tiny_model(len(TOKENIZER)), tiny_model(len(TOKENIZER), seed=2), Pair()
+    models = {"student": lambda: student, "teacher": lambda: teacher}
+    store = ResponseStore(tmp_path)
+    own = Writers(TransformersGenerator(), store, models, TOKENIZER, Ranks(), brought={"both": pair})
+    own.generators["both"].generate(PROMPTS, SHORT)
+    assert pair.held == {"student": student, "teacher": teacher}
+    named = f"{fingerprint(student)}+{fingerprint(teacher)}+pair:2"
+    assert [(shard["writer"], shard["model"]) for shard in store.shards()] == [("both", named)]
+
+
+def test_a_brought_generator_that_needs_a_model_which_no_run_has_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match="writes with a model of the run, and the run has no stronger"
+    ):
+        writers(tmp_path, lambda: None, brought={"stronger": TransformersGenerator()})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from distillkit.curators.brought import merged_generators
 from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Curator, Generator
@@ -41,6 +42,10 @@ class PairedCurator(Curator):
     def writers(self) -> frozenset[str]:
         """Those of both parts."""
         return self.chosen.writers | self.rejected.writers
+
+    def brings(self) -> Mapping[str, Generator]:
+        """Those of both parts."""
+        return merged_generators(self.chosen, self.rejected)
 
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
         """Prepares both parts."""

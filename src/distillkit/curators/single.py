@@ -6,7 +6,7 @@ from typing import ClassVar
 from distillkit.curators.rounds import Rounds, parse_rounds
 from distillkit.errors import DataError
 from distillkit.interfaces import Curator, Generator
-from distillkit.types import Prompts, Row, Sampling
+from distillkit.types import Prompt, Prompts, Response, Row, Sampling
 
 
 class DatasetCurator(Curator):
@@ -45,13 +45,14 @@ class SampledCurator(Curator):
     Args:
         sampling: How responses are drawn.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
+        generator: Writes the responses; None is the run's own generator.
     """
 
     writer: ClassVar[str]
 
-    def __init__(self, sampling: Sampling, rounds: Rounds) -> None:
+    def __init__(self, sampling: Sampling, rounds: Rounds, generator: Generator | None = None) -> None:
         super().__init__()
-        self.sampling = sampling
+        self.sampling, self.generator = sampling, generator
         self._rounds = parse_rounds(type(self).__name__, rounds)
 
     @property
@@ -64,6 +65,10 @@ class SampledCurator(Curator):
         """The one writer."""
         return frozenset({self.writer})
 
+    def brings(self) -> Mapping[str, Generator]:
+        """Its own generator, if it has one."""
+        return {} if self.generator is None else {self.writer: self.generator}
+
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
         """Has everything written that is written once."""
         if self._rounds == "once":
@@ -71,17 +76,18 @@ class SampledCurator(Curator):
 
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
         """One row per prompt."""
+        responses = self.respond(prompts, generators, self.sampling)
+        return [self.row(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def respond(self, prompts: Prompts, generators: Mapping[str, Generator], sampling: Sampling) -> Sequence[Response]:
+        """One response per prompt, drawn as `sampling` says."""
         asked = prompts.at_round(0) if self._rounds == "once" else prompts
-        responses = generators[self.writer].generate(asked, self.sampling)
-        return [
-            Row(
-                prompt.input_ids + response.token_ids,
-                (False,) * len(prompt.input_ids) + (True,) * len(response.token_ids),
-                self.writer,
-                prompt.id,
-            )
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        return generators[self.writer].generate(asked, sampling)
+
+    def row(self, prompt: Prompt, response: Response) -> Row:
+        """A prompt with its response, which is what is trained on."""
+        mask = (False,) * len(prompt.input_ids) + (True,) * len(response.token_ids)
+        return Row(prompt.input_ids + response.token_ids, mask, self.writer, prompt.id)
 
 
 class TeacherCurator(SampledCurator):
@@ -91,6 +97,7 @@ class TeacherCurator(SampledCurator):
         sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with
             DistiLLM-2.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
+        generator: Writes the responses; None is the run's own generator.
 
     Raises:
         ConfigError: If `rounds` is none of these.
@@ -98,8 +105,10 @@ class TeacherCurator(SampledCurator):
 
     writer: ClassVar[str] = "teacher"
 
-    def __init__(self, sampling: Sampling | None = None, rounds: Rounds = "once") -> None:
-        super().__init__(sampling or Sampling(), rounds)
+    def __init__(
+        self, sampling: Sampling | None = None, rounds: Rounds = "once", generator: Generator | None = None
+    ) -> None:
+        super().__init__(sampling or Sampling(), rounds, generator)
 
 
 class StudentCurator(SampledCurator):
@@ -109,6 +118,7 @@ class StudentCurator(SampledCurator):
         sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with
             DistiLLM-2.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
+        generator: Writes the responses; None is the run's own generator.
 
     Raises:
         ConfigError: If `rounds` is none of these.
@@ -116,5 +126,7 @@ class StudentCurator(SampledCurator):
 
     writer: ClassVar[str] = "student"
 
-    def __init__(self, sampling: Sampling | None = None, rounds: Rounds = "epoch") -> None:
-        super().__init__(sampling or Sampling(), rounds)
+    def __init__(
+        self, sampling: Sampling | None = None, rounds: Rounds = "epoch", generator: Generator | None = None
+    ) -> None:
+        super().__init__(sampling or Sampling(), rounds, generator)

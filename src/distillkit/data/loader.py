@@ -75,7 +75,7 @@ class RoundLoader:
         steps = self._steps(epoch)
         self._done, self._resume_at = self._resume_at % max(len(self), 1), 0
         length = self.rounds if isinstance(self.rounds, int) else len(steps)
-        rows: dict[str, list[Row]] = {}
+        rows: dict[int, list[Row]] = {}
         if not self._prepared:
             self.prepare(self.prompts)
             self._prepared = True
@@ -105,22 +105,29 @@ class RoundLoader:
         steps = self._steps(0)
         return self._asked(0, steps, 0, self.rounds if isinstance(self.rounds, int) else len(steps))
 
-    def _round(self, epoch: int, steps: list[list[list[int]]], first: int, length: int) -> dict[str, list[Row]]:
-        """The rows of the round that begins with step `first`, by prompt id."""
-        rows: dict[str, list[Row]] = {}
-        for row in self.curate(self._asked(epoch, steps, first, length)):
-            rows.setdefault(row.prompt_id, []).append(row)
-        return rows
+    def _round(self, epoch: int, steps: list[list[list[int]]], first: int, length: int) -> dict[int, list[Row]]:
+        """The rows of the round that begins with step `first`, by their prompt's place."""
+        places = _places(steps[first : first + length])
+        rows = self.curate(self._asked(epoch, steps, first, length))
+        size = len(rows) // len(places)
+        assert size > 0, "a curator gives every prompt a row"
+        assert len(rows) == size * len(places), "a curator gives every prompt the same number of rows"
+        return {place: list(rows[number * size : (number + 1) * size]) for number, place in enumerate(places)}
 
     def _asked(self, epoch: int, steps: list[list[list[int]]], first: int, length: int) -> Prompts:
         """The prompts of that round."""
-        places = [place for step in steps[first : first + length] for batch in step for place in batch]
+        places = _places(steps[first : first + length])
         number = epoch * -(-len(steps) // length) + first // length
         return Prompts(tuple(self.prompts[place] for place in places), number)
 
-    def _batch(self, places: Sequence[int], rows: dict[str, list[Row]]) -> Batch:
-        groups = [rows[self.prompts[place].id] for place in places]
+    def _batch(self, places: Sequence[int], rows: dict[int, list[Row]]) -> Batch:
+        groups = [rows[place] for place in places]
         return collate(rank_rows(groups, self.rank, self.world), self.pad_id, self.layout, self.bucket)
+
+
+def _places(steps: list[list[list[int]]]) -> list[int]:
+    """The places of all prompts of some optimizer steps, in order."""
+    return [place for step in steps for batch in step for place in batch]
 
 
 class FixedLoader:

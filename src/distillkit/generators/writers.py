@@ -14,19 +14,23 @@ from distillkit.store import ResponseStore
 
 
 class Writers:
-    """A generator for the teacher and one for the student, both behind the response store.
+    """A generator for each writer, all of them behind the response store.
 
     The student moves while a round is trained on, so its fingerprint is taken when the round starts and is part of the
     checkpoint: a run that resumes in the middle of a round reads that round's responses again.
 
     Args:
-        generator: Template of the generators; each writer has a copy of its own.
+        generator: Template of the generators; each of the run's models has a copy of its own.
         store: Where responses are kept.
         models: Gives each writer's model; None for one that can't write in this process.
         tokenizer: The tokenizer that the models share.
         ranks: The processes that share the writing.
         teacher_fingerprint: Gives the fingerprint of the teacher's weights where it is known without the model; None if
             it never is.
+        brought: Generators that the curator brings, by the name of the writer.
+
+    Raises:
+        ConfigError: If one of these writes with a model that no run has.
     """
 
     def __init__(
@@ -37,15 +41,21 @@ class Writers:
         tokenizer: Any,
         ranks: Ranks,
         teacher_fingerprint: Callable[[], str | None] | None = None,
+        brought: Mapping[str, Generator] | None = None,
     ) -> None:
         self.models, self.tokenizer, self.store = models, tokenizer, store
         self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
         self._teacher, self._known = "", teacher_fingerprint
-        self.generators: dict[str, Generator] = {}
-        for name in models:
-            own, now = (self._round_student, self._student) if name == "student" else (self._fixed, self._fixed_now)
-            inner = copy.deepcopy(generator)
-            self.generators[name] = StoredGenerator(name, inner, store, ranks, own, now, self._refresh(name))
+        templates = {name: copy.deepcopy(generator) for name in models} | dict(brought or {})
+        for name, own in templates.items():
+            if own.models is None and name not in models:
+                raise ConfigError(f"{type(own).__name__} writes with a model of the run, and the run has no {name}.")
+        self.generators: dict[str, Generator] = {
+            name: StoredGenerator(
+                name, inner, store, ranks, self._provenance(inner, name), self._now(inner, name), self._refresh(name)
+            )
+            for name, inner in templates.items()
+        }
         self.student_now = copy.deepcopy(generator)
 
     def refreshed_student(self) -> Generator:
@@ -54,13 +64,31 @@ class Writers:
         return self.student_now
 
     def _refresh(self, name: str) -> Callable[[Generator], None]:
-        return lambda generator: generator.refresh(self._model(name), self.tokenizer)
+        def refresh(generator: Generator) -> None:
+            models = generator.models
+            model = self._model(name) if models is None else nn.ModuleDict({own: self._model(own) for own in models})
+            generator.refresh(model, self.tokenizer)
+
+        return refresh
 
     def _model(self, name: str) -> nn.Module:
-        model = self.models[name]()
+        model = self.models[name]() if name in self.models else None
         if model is None:
             raise ConfigError(f"The curator asks the {name} to write, and there is no {name} model in this process.")
         return model
+
+    def _provenance(self, generator: Generator, name: str) -> Callable[[int], str]:
+        """What names the weights, and all else that responses depend on, that a round is written with."""
+        return lambda number: self._named(generator, name, lambda: self._round_student(number))
+
+    def _now(self, generator: Generator, name: str) -> Callable[[], str]:
+        """The same for the weights as they are."""
+        return lambda: self._named(generator, name, self._student)
+
+    def _named(self, generator: Generator, name: str, student: Callable[[], str]) -> str:
+        models = (name,) if generator.models is None else generator.models
+        parts = [student() if own == "student" else self._fixed() for own in models]
+        return "+".join([*parts, *filter(None, [generator.identity()])])
 
     def _student(self) -> str:
         return fingerprint(self._model("student"))
@@ -70,11 +98,8 @@ class Writers:
             self.rounds = {kept: own for kept, own in self.rounds.items() if kept == 0} | {number: self._student()}
         return self.rounds[number]
 
-    def _fixed_now(self) -> str:
+    def _fixed(self) -> str:
         if not self._teacher:
             known = None if self._known is None else self._known()
             self._teacher = known or fingerprint(self._model("teacher"))
         return self._teacher
-
-    def _fixed(self, number: int) -> str:
-        return self._fixed_now()
