@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillkit import heads
+from distillkit import heads, sums
 from distillkit.heads import HeadPass, OutputHead
 from distillkit.types import LogitsHead
 
@@ -98,7 +98,7 @@ def by_autograd(head, hidden, weights):
 def by_pass(head, hidden, weights, parts=PARTS):
     """The same a slice at a time; each slice's logits are written over by the next one's."""
     job = HeadPass(head, hidden)
-    room = torch.empty(max(part.stop - part.start for part in parts), weights.shape[1], dtype=job.wide)
+    room = torch.empty(max(part.stop - part.start for part in parts), weights.shape[1], dtype=job.stored)
     logits, grads = [], []
     job.start()
     for part in parts:
@@ -125,7 +125,7 @@ def test_logits_and_gradients_are_those_of_autograd(make):
 @every_head
 @pytest.mark.parametrize("rows", [1, 4, 5, V])
 def test_chunks_of_rows_change_nothing(make, rows, monkeypatch):
-    monkeypatch.setattr(heads, "_ROWS", rows)
+    monkeypatch.setitem(sums.ROWS, "cpu", rows)
     head, hidden, weights = make(), random(N, D), random(N, V, seed=9)
     assert_same(by_pass(head, hidden, weights), by_autograd(head, hidden, weights), rtol=1e-12, atol=1e-13)
 
@@ -236,17 +236,27 @@ def relative(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.fixture(params=[True, False], ids=["in half precision", "in float32"])
+def native(request, monkeypatch):
+    """Whether the processor multiplies in half precision."""
+    monkeypatch.setattr(heads, "_multiplies", lambda dtype: request.param or dtype == torch.float32)
+    return request.param
+
+
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("rows", [5, 1000])
 @pytest.mark.parametrize("make", HALF.values(), ids=HALF)
-def test_a_half_precision_head_is_summed_in_float32(make, rows, monkeypatch):
-    monkeypatch.setattr(heads, "_ROWS", rows)
+def test_a_half_precision_head_is_summed_with_more_bits_than_it_has(make, rows, monkeypatch):
+    monkeypatch.setitem(sums.ROWS, "cpu", rows)
     head, (hidden, weights) = make(), half_precision_data()
     parts = [slice(start, start + 10) for start in range(0, MANY, 10)]
     logits, by_hidden, *found = by_pass(head, hidden, weights, parts)
     exact = by_autograd(in_float64(head), hidden.double(), weights.double())
     expected = exact[-len(found) :]  # in float64 no weight is frozen
 
-    assert logits.dtype == by_hidden.dtype == torch.float32
+    shaped = head.softcap is not None  # what is done to logits after the product is done in float32
+    assert by_hidden.dtype == torch.float32
+    assert logits.dtype == (torch.float32 if shaped else torch.bfloat16)
     # Products and their factors are rounded to 8 bits: 2^-9 of each, and less of their sum. Measured: below 3e-3.
     assert relative(logits, exact[0]) < 2**-8
     assert relative(by_hidden, exact[1]) < 2**-8
@@ -261,13 +271,14 @@ def test_a_half_precision_head_is_summed_in_float32(make, rows, monkeypatch):
         assert relative(other, true) > 8 * relative(own, true)
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("rows", [5, 1000])
 def test_chunks_of_a_half_precision_head_change_nothing(rows, monkeypatch):
     head = HALF["cut, bias, scale and cap"]()
     hidden, weights = half_precision_data()
     hidden, weights = hidden[:N], weights[:N]
     whole = by_pass(head, hidden, weights)
-    monkeypatch.setattr(heads, "_ROWS", rows)
+    monkeypatch.setitem(sums.ROWS, "cpu", rows)
     found = by_pass(head, hidden, weights)
     # The gradient of the hidden states is a sum over chunks, each of them a product in bfloat16.
     torch.testing.assert_close(found[1], whole[1], rtol=2**-7, atol=2**-7)
@@ -276,8 +287,10 @@ def test_chunks_of_a_half_precision_head_change_nothing(rows, monkeypatch):
 
 @pytest.mark.parametrize("rows", [5, 1000])
 @pytest.mark.parametrize("hidden_type", [torch.float32, torch.bfloat16])
-def test_under_autocast_products_are_in_half_precision_and_sums_in_the_weights_type(rows, hidden_type, monkeypatch):
-    monkeypatch.setattr(heads, "_ROWS", rows)
+def test_under_autocast_products_are_in_half_precision_and_sums_in_the_weights_type(
+    rows, hidden_type, native, monkeypatch
+):
+    monkeypatch.setitem(sums.ROWS, "cpu", rows)
     head = OutputHead(linear(V + 4, bias=True, dtype=torch.float32), V, scale=0.3, softcap=2.0)
     hidden, weights = half_precision_data()
     hidden, weights = hidden[:N].to(hidden_type), weights[:N]
@@ -289,10 +302,28 @@ def test_under_autocast_products_are_in_half_precision_and_sums_in_the_weights_t
     for own, other, true in zip(found, automatic, exact, strict=True):
         assert relative(own, true) < 2**-7  # three roundings to 8 bits; measured: 3e-3
         assert relative(own, true) <= 1.5 * relative(other, true)
-    assert relative(found[0], exact[0]) > 1e-4, "the products must be in bfloat16"
+    assert (relative(found[0], exact[0]) > 1e-4) == native, "the products are in bfloat16 where the processor has it"
 
 
-def test_a_pass_keeps_the_type_that_it_was_made_with():
+def test_without_a_cap_or_scale_logits_are_kept_in_half_precision_under_autocast(native):
+    head, hidden = OutputHead(linear(dtype=torch.float32), V), random(N, D, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        job = HeadPass(head, hidden)
+        logits = job.logits(hidden, torch.empty(N, V, dtype=job.stored))
+    assert job.dtype == (torch.bfloat16 if native else torch.float32)
+    assert logits.dtype == torch.bfloat16
+    assert relative(logits, hidden.double() @ head.module.weight.detach().double().T) < 2**-8
+
+
+def test_a_processor_is_asked_for_what_it_multiplies():
+    assert heads._multiplies(torch.float32)
+    assert heads._multiplies(torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert isinstance(heads._multiplies(dtype), bool)
+
+
+def test_a_pass_keeps_the_type_that_it_was_made_with(monkeypatch):
+    monkeypatch.setattr(heads, "_multiplies", lambda dtype: True)
     # A loss that looks at its slices again in the backward pass does so outside of autocast.
     head = OutputHead(linear(V, dtype=torch.float32), V)
     hidden, weights = random(N, D, dtype=torch.float32), random(N, V, seed=9, dtype=torch.float32)

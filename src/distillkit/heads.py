@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillkit import sums
 from distillkit.types import Head
 
 
@@ -70,8 +71,8 @@ class HeadPass:
     """A head on its way over slices: logits of each, then the gradients of hidden states and parameters, summed.
 
     A plain linear layer is differentiated by hand: its gradient is added to in place instead of being made anew for
-    each slice, and a head in half precision is summed in float32. Where the products run in another type than the
-    weight's, the weight is cast a chunk at a time. Any other head goes through autograd.
+    each slice, and that of a head in half precision is summed with more bits than it has. Where the products run in
+    another type than the weight's, the weight is cast a chunk at a time. Any other head goes through autograd.
 
     Args:
         head: A model's head, as in `Scores`.
@@ -83,7 +84,7 @@ class HeadPass:
             head = OutputHead(head, head.out_features)
         self.head = head
         self.plain = head if isinstance(head, OutputHead) and _is_plain(head.module) else None
-        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.wide = self.stored = torch.promote_types(hidden.dtype, torch.float32)
         if self.plain is None:
             self.leaves = [parameter for parameter in head.parameters() if parameter.requires_grad]
         else:
@@ -93,8 +94,12 @@ class HeadPass:
             self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
             if self.weight.dtype == torch.float64:
                 self.dtype = torch.float64
+            if self.plain.softcap is None and self.plain.scale == 1.0 and self.dtype.itemsize < self.wide.itemsize:
+                self.stored = self.dtype  # as the model itself has its logits
+            if kind == "cpu" and not _multiplies(self.dtype):
+                self.dtype = torch.float32
         self._hidden = self._slope = hidden[:0]
-        self._sums: list[list[Tensor]] = []
+        self._sums: list[sums.GradientSum] = []
 
     @property
     def num_tensors(self) -> int:
@@ -128,15 +133,8 @@ class HeadPass:
         return out
 
     def start(self) -> None:
-        """Sets the sums of the parameters' gradients to 0, in float32 at least."""
-        self._sums = []
-        for own in self.leaves:
-            dtype = torch.promote_types(own.dtype, torch.float32)
-            # Chunks, so that a sum in another type can be freed piece by piece when it is done with.
-            size = len(own) if own.dtype == dtype or own.dim() == 1 else _ROWS
-            self._sums.append(
-                [torch.zeros_like(own[first : first + size], dtype=dtype) for first in range(0, len(own), size)]
-            )
+        """Sets the sums of the parameters' gradients to 0."""
+        self._sums = [sums.summing(own) for own in self.leaves]
 
     def backward(self, grad: Tensor) -> Tensor:
         """Adds to the parameters' gradients.
@@ -150,8 +148,8 @@ class HeadPass:
         if self.plain is None:
             leaves = (self._hidden, *self.leaves)
             found = torch.autograd.grad(self._slope, leaves, grad.to(self._slope.dtype), materialize_grads=True)
-            for (own,), more in zip(self._sums, found[1:], strict=True):
-                own += more
+            for own, more in zip(self._sums, found[1:], strict=True):
+                own.add(slice(0, len(more)), more)
             by_hidden: Tensor = found[0]
             return by_hidden
         with torch.autocast(grad.device.type, enabled=False):
@@ -160,45 +158,32 @@ class HeadPass:
             if self.plain.scale != 1.0:
                 grad.mul_(self.plain.scale)
             by_hidden = torch.zeros(self._hidden.shape, dtype=self.wide, device=grad.device)
-            trained = {id(own): sums for own, sums in zip(self.leaves, self._sums, strict=True)}
+            trained = {id(own): total for own, total in zip(self.leaves, self._sums, strict=True)}
             if self.bias is not None and id(self.bias) in trained:
-                trained[id(self.bias)][0][: grad.shape[1]] += grad.sum(0)
-            for number, (rows, weight) in enumerate(self._chunks(grad.shape[1])):
+                trained[id(self.bias)].add(slice(0, grad.shape[1]), grad.sum(0, dtype=self.wide))
+            for rows, weight in self._chunks(grad.shape[1]):
                 part = grad[:, rows].to(self.dtype)
                 by_hidden += part @ weight
                 if id(self.weight) in trained:
-                    sums = trained[id(self.weight)]
-                    own = sums[0][rows] if len(sums) == 1 else sums[number][: part.shape[1]]
-                    if own.dtype == self.dtype:
-                        own.addmm_(part.T, self._hidden)
-                    else:
-                        own += part.T @ self._hidden
+                    trained[id(self.weight)].add_product(rows, part, self._hidden)
         return by_hidden
 
     def finished(self) -> list[Tensor]:
         """The parameters' gradients in the parameters' own types; the sums are given up."""
-        found = []
-        for own, sums in zip(self.leaves, self._sums, strict=True):
-            if len(sums) == 1:
-                found.append(sums.pop().to(own.dtype))
-                continue
-            grad = torch.empty_like(own)
-            for rows in _cut(len(own)):
-                grad[rows] = sums.pop(0)
-            found.append(grad)
-        return found
+        return [self._sums.pop(0).finished() for _ in self.leaves]
 
     def _chunks(self, vocab: int) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the weight in the type that the products run in; all at once where that is its own."""
         weight = self.weight.detach()
         exact = weight.dtype == self.dtype and weight.dtype in (torch.float32, torch.float64)
-        for rows in [slice(0, vocab)] if exact else _cut(vocab):
+        for rows in [slice(0, vocab)] if exact else sums.cut(vocab, sums.rows_at_once(weight.device)):
             yield rows, weight[rows].to(self.dtype)
 
 
-_ROWS = 8192
-"""Rows of the head that are cast, or whose gradient is made, at once."""
-
-
-def _cut(length: int) -> list[slice]:
-    return [slice(first, min(first + _ROWS, length)) for first in range(0, length, _ROWS)]
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of `dtype`: without instructions of its own it takes far longer."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_kernels and bool(getattr(torch.ops.mkldnn, name)())

@@ -141,6 +141,7 @@ def test_counting_leaves_the_result_and_the_graph_alone():
 # How the budget is divided.
 
 V, D = 4099, 16  # V is large beside D, as it is in models
+FLOATS = [torch.float32] * 2
 
 
 def scores_of(memory=None, vocab=V, dtype=torch.float32):
@@ -155,7 +156,7 @@ class Owner:
 def test_more_memory_gives_more_positions():
     owner, found = Owner(), []
     for memory in (1, 2, 8, 64, 1024):
-        own = Budget(owner, scores_of(memory), 2)
+        own = Budget(owner, scores_of(memory), FLOATS)
         found.append((own.positions, own.block(lambda: torch.empty(V))))
     assert found == sorted(found)
     assert len({positions for positions, _ in found}) == 5
@@ -166,32 +167,32 @@ def test_more_memory_gives_more_positions():
 @pytest.mark.parametrize("memory", [1, 7, 100, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_slices_and_blocks_together_stay_within_the_memory(memory, num_tensors, dtype):
-    total = CPU_BUDGET if memory is None else memory * MIB
-    own = Budget(Owner(), scores_of(memory, dtype=dtype), num_tensors)
-    size = 8 if dtype == torch.float64 else 4
-    slices = own.positions * num_tensors * V * size
+    total = memory * MIB if memory is not None else CPU_BUDGET // (2 if dtype == torch.bfloat16 else 1)
+    own = Budget(Owner(), scores_of(memory, dtype=dtype), [dtype] * num_tensors)
+    slices = own.positions * num_tensors * V * dtype.itemsize
     block = own.block(lambda: [torch.empty(V, dtype=torch.float64) for _ in range(5)])
     assert slices + block * 5 * V * 8 <= total
-    assert slices + 2 * own.cached * V * size <= total
+    assert slices + 2 * own.cached * V * (8 if dtype == torch.float64 else 4) <= total
     assert slices > 0.6 * total  # it is used
 
 
 def test_there_is_always_room_for_one_position():
-    own = Budget(Owner(), scores_of(1, vocab=10**7), 2)
+    own = Budget(Owner(), scores_of(1, vocab=10**7), FLOATS)
     assert own.positions == own.cached == own.block(lambda: torch.empty(10**7)) == 1
 
 
 def test_a_block_that_makes_nothing_is_bounded_as_well():
-    own = Budget(Owner(), scores_of(64), 2)
+    own = Budget(Owner(), scores_of(64), FLOATS)
     assert own.block(lambda: None) * V * 4 <= CPU_BLOCK
 
 
-def test_half_precision_states_are_counted_in_float32():
-    half, single, double = (
-        Budget(Owner(), scores_of(8, dtype=dtype), 2).positions
-        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+def test_tensors_of_a_slice_count_by_their_own_types():
+    half, mixed, single, double = (
+        Budget(Owner(), scores_of(8, dtype=torch.bfloat16), tensors).positions
+        for tensors in ([torch.bfloat16] * 2, [torch.bfloat16, torch.float32], FLOATS, [torch.float64] * 2)
     )
-    assert half == single == pytest.approx(2 * double, abs=1)
+    assert half == pytest.approx(1.5 * mixed, abs=2) == pytest.approx(2 * single, abs=2)
+    assert single == pytest.approx(2 * double, abs=1)
 
 
 def test_a_loss_is_measured_once_for_each_vocabulary_type_and_kind_of_pass():
@@ -201,20 +202,20 @@ def test_a_loss_is_measured_once_for_each_vocabulary_type_and_kind_of_pass():
         runs.append(torch.empty(10))
 
     def look(**settings):
-        Budget(owner, scores_of(8, **settings), 2).block(run)
+        Budget(owner, scores_of(8, **settings), FLOATS).block(run)
         return len(runs)
 
     assert [look(), look(), look(vocab=5), look(vocab=5), look(dtype=torch.float64), look()] == [1, 1, 2, 2, 3, 3]
     with torch.no_grad():
         assert look() == 4
     assert look() == 4
-    Budget(Owner(), scores_of(8), 2).block(run)
+    Budget(Owner(), scores_of(8), FLOATS).block(run)
     assert len(runs) == 5
 
 
 def test_what_was_measured_goes_with_the_loss():
     owner = Owner()
-    Budget(owner, scores_of(8), 2).block(lambda: None)
+    Budget(owner, scores_of(8), FLOATS).block(lambda: None)
     kept = weakref.ref(owner)
     assert owner in budget._measured
     del owner
@@ -224,7 +225,8 @@ def test_what_was_measured_goes_with_the_loss():
 
 def test_the_cpu_has_a_budget_of_its_own():
     assert default_budget(torch.device("cpu")) == CPU_BUDGET
-    assert Budget(Owner(), scores_of(None), 2).positions == Budget(Owner(), scores_of(CPU_BUDGET // MIB), 2).positions
+    own, named = (Budget(Owner(), scores_of(memory), FLOATS).positions for memory in (None, CPU_BUDGET // MIB))
+    assert own == named
 
 
 # What a whole loss holds: the memory regression test.
@@ -312,7 +314,7 @@ def allowed(name, num_positions, memory=1):
     return memory * MIB + gradients + num_positions * per_position(name)
 
 
-FEW = 4 * Budget(Owner(), scores_of(1), 2).positions  # whole slices, so that few and many are alike
+FEW = 4 * Budget(Owner(), scores_of(1), FLOATS).positions  # whole slices, so that few and many are alike
 MANY = 8 * FEW
 
 

@@ -1,7 +1,8 @@
 """Runs a loss over response positions a slice at a time, so that its memory does not grow with N·V.
 
-A slice is what the heads turn into log-probabilities at once: two `[n, V]` tensors, written over in each slice. Within
-it the loss sees a block of positions at a time, few enough on the CPU that what it makes of them stays in the cache.
+A slice is what the heads turn into logits at once: two `[n, V]` tensors, written over in each slice. Within it the loss
+sees the log-probabilities of a block of positions at a time, few enough on the CPU that what it makes of them stays in
+the cache.
 
 Letters: N response positions, n positions of a slice, m of a block, V vocabulary, C columns of the log-probabilities
 that a loss sees (V, or K+1 where the teacher kept its K most likely tokens), D hidden width.
@@ -68,8 +69,9 @@ class Sliced:
         self.head = HeadPass(student.head, self.hidden)
         self.teacher_head = None if teacher is None or self.support is not None else HeadPass(teacher.head, self.hidden)
         self.with_grad = torch.is_grad_enabled() and (student.hidden.requires_grad or bool(self.head.leaves))
-        num_tensors = self.head.num_tensors if self.with_grad else 1
-        self.budget = Budget(owner, student, num_tensors + (self.teacher_head is not None))
+        heads = [self.head] * (self.head.num_tensors if self.with_grad else 1)
+        heads += [] if self.teacher_head is None else [self.teacher_head]
+        self.budget = Budget(owner, student, [head.stored for head in heads])
         self.reported: list[tuple[Tensor, ...]] = []
         self._buffers: list[Tensor] = []
 
@@ -116,37 +118,36 @@ class Sliced:
 
     def _slice(self, part: slice, total: Tensor) -> Tensor:
         """Adds a slice to the total, and gives the gradient by its logits `[n, V]`."""
-        logits = self.head.logits(self.hidden[part], self._buffer(0, part), self.with_grad)
+        logits = self.head.logits(self.hidden[part], self._buffer(0, self.head, part), self.with_grad)
         with torch.no_grad():
-            logp = self._teacher(part)
-            own_p, own_q = self._own(part, logp, logits)
-            extra, reported = self.extra(part, own_p, own_q)
-            weights, values = self.weights[part].to(logits.dtype), torch.empty_like(logits[:, 0])
-            one = slice(0, 1)
-            copies = None if logp is None else logp[one].clone(), logits[one].clone()
+            given = self._teacher(part)
+            extra, reported = self.extra(part, *self._own(part, given, logits))
+            values = torch.empty(len(logits), dtype=self.head.wide, device=logits.device)
+            weights, one = self.weights[part].to(values), slice(0, 1)
+            copies = None if given is None else given[one].clone(), logits[one].clone()
             size = self.budget.block(lambda: self._block(part, one, *copies, extra, weights)) if len(logits) else 1
             for block in slices(len(logits), size):
-                values[block] = self._block(part, block, logp, logits, extra, weights)
+                values[block] = self._block(part, block, given, logits, extra, weights)
             total += (values * weights).sum()
         self.reported.append((values, *reported))
         return logits
 
     def _block(
-        self, part: slice, block: slice, logp: Tensor | None, logits: Tensor, extra: tuple[Tensor, ...], weights: Tensor
+        self, part: slice, block: slice, given: Tensor | None, logits: Tensor, extra: Sequence[Tensor], weights: Tensor
     ) -> Tensor:
         """Values of a block `[m]`; its logits become their weighted gradient."""
-        given, here = None if logp is None else logp[block], logits[block]
+        logp, here = self._given(given, block), logits[block]
         others = tuple(own[block] for own in extra)
         if self.with_grad and self.gradient is not None:
-            values, grad = self.gradient(given, log_softmax(here, self.temperature), *others)
-            torch.mul(grad, (weights[block] / self.temperature)[:, None], out=here)
+            values, grad = self.gradient(logp, log_softmax(here, self.temperature), *others)
+            here.copy_(grad.mul_((weights[block] / self.temperature)[:, None]))
             return values
         with torch.set_grad_enabled(self.with_grad):
-            leaf = here.detach().requires_grad_(self.with_grad)
+            leaf = here.detach().to(self.head.wide).requires_grad_(self.with_grad)
             logq = log_softmax(leaf, self.temperature)
             if self.support is not None:
                 logq = gathered(logq, self.support[part][block])
-            values = self.values(given, logq, *others)
+            values = self.values(logp, logq, *others)
             if self.with_grad:
                 weighted = (values * weights[block]).sum()
                 found = torch.autograd.grad(weighted, leaf)[0] if weighted.requires_grad else torch.zeros_like(leaf)
@@ -154,35 +155,43 @@ class Sliced:
         return values.detach()
 
     def _teacher(self, part: slice) -> Tensor | None:
-        """The teacher's log-probabilities `[n, C]`."""
+        """The teacher's logits `[n, V]`, or with a support its log-probabilities `[n, K+1]`."""
         if self.teacher is None:
             return None
         if self.teacher_head is None:
             return self.teacher.log_probs(part, self.temperature)
-        logp = self.teacher_head.logits(self.teacher.hidden[part], self._buffer(1, part))
-        for block in slices(len(logp), self.budget.cached):
-            logp[block] = log_softmax(logp[block], self.temperature)
-        return logp
+        return self.teacher_head.logits(self.teacher.hidden[part], self._buffer(1, self.teacher_head, part))
 
-    def _own(self, part: slice, logp: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _given(self, given: Tensor | None, block: slice) -> Tensor | None:
+        """The teacher's log-probabilities `[m, C]` of a block, which the loss may write over."""
+        if given is None or self.teacher_head is None:
+            return None if given is None else given[block]
+        return log_softmax(given[block], self.temperature)
+
+    def _own(self, part: slice, given: Tensor | None, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Log-probabilities `[n]` of the positions' own tokens, by the teacher and by the student."""
         if self.targets is None:
             return None, None
-        targets = self.targets[part]
-        own_q = torch.empty_like(logits[:, 0])
-        for block in slices(len(logits), self.budget.cached):
-            own_q[block] = own_log_probs(log_softmax(logits[block], self.temperature), targets[block])
+        own_q = self._of_targets(part, logits)
         if self.teacher is not None and self.teacher.own is not None:
             return self.teacher.own[part].to(own_q.dtype), own_q
-        return None if logp is None else own_log_probs(logp, targets), own_q
+        return None if given is None else self._of_targets(part, given), own_q
 
-    def _buffer(self, place: int, part: slice) -> Tensor:
+    def _of_targets(self, part: slice, logits: Tensor) -> Tensor:
+        """Log-probabilities `[n]` of the positions' own tokens by logits `[n, V]`."""
+        assert self.targets is not None
+        found = torch.empty(len(logits), dtype=self.head.wide, device=logits.device)
+        for block in slices(len(logits), self.budget.cached):
+            found[block] = own_log_probs(log_softmax(logits[block], self.temperature), self.targets[part][block])
+        return found
+
+    def _buffer(self, place: int, head: HeadPass, part: slice) -> Tensor:
         """`[n, V]` room for a slice, the same in each."""
         rows = part.stop - part.start
         while len(self._buffers) <= place:
             largest = max([own.stop - own.start for own in self.parts], default=0)
             shape = (largest, self.student.vocab)
-            self._buffers.append(torch.empty(shape, dtype=self.head.wide, device=self.hidden.device))
+            self._buffers.append(torch.empty(shape, dtype=head.stored, device=self.hidden.device))
         return self._buffers[place][:rows]
 
 
