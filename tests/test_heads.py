@@ -239,7 +239,7 @@ def relative(found, expected):
 @pytest.fixture(params=[True, False], ids=["in half precision", "in float32"])
 def native(request, monkeypatch):
     """Whether the processor multiplies in half precision."""
-    monkeypatch.setattr(heads, "_multiplies", lambda dtype: request.param or dtype == torch.float32)
+    monkeypatch.setattr(heads, "native", lambda dtype, device: dtype if request.param else torch.float32)
     return request.param
 
 
@@ -315,15 +315,8 @@ def test_without_a_cap_or_scale_logits_are_kept_in_half_precision_under_autocast
     assert relative(logits, hidden.double() @ head.module.weight.detach().double().T) < 2**-8
 
 
-def test_a_processor_is_asked_for_what_it_multiplies():
-    assert heads._multiplies(torch.float32)
-    assert heads._multiplies(torch.float64)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert isinstance(heads._multiplies(dtype), bool)
-
-
 def test_a_pass_keeps_the_type_that_it_was_made_with(monkeypatch):
-    monkeypatch.setattr(heads, "_multiplies", lambda dtype: True)
+    monkeypatch.setattr(heads, "native", lambda dtype, device: dtype)
     # A loss that looks at its slices again in the backward pass does so outside of autocast.
     head = OutputHead(linear(V, dtype=torch.float32), V)
     hidden, weights = random(N, D, dtype=torch.float32), random(N, V, seed=9, dtype=torch.float32)

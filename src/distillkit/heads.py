@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distillkit import sums
+from distillkit.hardware import native
 from distillkit.types import Head
 
 
@@ -96,8 +97,7 @@ class HeadPass:
                 self.dtype = torch.float64
             if self.plain.softcap is None and self.plain.scale == 1.0 and self.dtype.itemsize < self.wide.itemsize:
                 self.stored = self.dtype  # as the model itself has its logits
-            if kind == "cpu" and not _multiplies(self.dtype):
-                self.dtype = torch.float32
+            self.dtype = native(self.dtype, hidden.device)
         self._hidden = self._slope = hidden[:0]
         self._sums: list[sums.GradientSum] = []
 
@@ -178,12 +178,3 @@ class HeadPass:
         exact = weight.dtype == self.dtype and weight.dtype in (torch.float32, torch.float64)
         for rows in [slice(0, vocab)] if exact else sums.cut(vocab, sums.rows_at_once(weight.device)):
             yield rows, weight[rows].to(self.dtype)
-
-
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of `dtype`: without instructions of its own it takes far longer."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
-    has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_kernels and bool(getattr(torch.ops.mkldnn, name)())

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from distillkit.cli import train
 from tiny_runs import QUIET, command, save_models, write_config, write_prompts
 
 FIGURES = ("kl", "nll", "acceptance", "rouge_l")
@@ -73,3 +76,26 @@ def test_a_finished_run_is_not_overwritten(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert command(["fit", "--config", str(run.parent / "config.yaml")]) == 1
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "has_instructions", "expected"),
+    [
+        ("cpu", "bf16-mixed", False, {"precision": "32-true"}),
+        ("cpu", "bf16-true", False, {"precision": "32-true"}),
+        ("auto", "bf16-mixed", False, {"precision": "32-true"}),
+        ("cpu", "bf16-mixed", True, {}),
+        ("cpu", "32-true", False, {}),
+        ("cuda", "bf16-mixed", False, {}),
+    ],
+)
+def test_a_processor_without_bfloat16_trains_in_float32_and_says_so(
+    accelerator, precision, has_instructions, expected, monkeypatch, caplog
+):
+    monkeypatch.setattr(train, "multiplies", lambda dtype, device: has_instructions)
+    monkeypatch.setattr(train, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(logging.getLogger("distillkit"), "propagate", True)
+    caplog.set_level("INFO", "distillkit")
+    assert train._runnable_precision(accelerator, precision) == expected
+    assert len(caplog.records) == len(expected)
+    assert all(f"{precision} becomes 32-true" in record.getMessage() for record in caplog.records)

@@ -5,6 +5,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from distillkit.errors import ConfigError
+from distillkit.generators import in_process
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.types import Prompt, Prompts, Sampling
 from tiny import END_ID, tiny_model, tiny_tokenizer
@@ -164,6 +165,13 @@ def rounded(model, dtype=torch.bfloat16):
     return other
 
 
+@pytest.fixture
+def with_instructions(monkeypatch):
+    """A processor that multiplies in half precision, whatever runs the tests."""
+    monkeypatch.setattr(in_process, "native", lambda dtype, device: dtype)
+
+
+@pytest.mark.usefixtures("with_instructions")
 def test_a_copy_of_another_type_leaves_the_models_own_weights_as_they_are():
     model = tiny_model(VOCAB)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -175,6 +183,7 @@ def test_a_copy_of_another_type_leaves_the_models_own_weights_as_they_are():
     assert found == ready(rounded(model)).generate(some_prompts(), GREEDY)
 
 
+@pytest.mark.usefixtures("with_instructions")
 def test_a_copy_follows_the_weights_at_each_refresh_and_not_before():
     model, other = tiny_model(VOCAB), tiny_model(VOCAB, seed=1)
     old, new = (tokens_of(ready(rounded(m)).generate(some_prompts(), GREEDY)) for m in (model, other))
@@ -191,6 +200,14 @@ def test_a_copy_follows_the_weights_at_each_refresh_and_not_before():
 def test_weights_of_the_models_own_type_are_shared(dtype):
     model, other = tiny_model(VOCAB), tiny_model(VOCAB, seed=1)
     generator = ready(model, dtype=dtype)
+    model.load_state_dict(other.state_dict())
+    assert generator.generate(some_prompts(), GREEDY) == ready(other).generate(some_prompts(), GREEDY)
+
+
+def test_a_processor_without_instructions_for_the_type_shares_the_models_weights(monkeypatch):
+    monkeypatch.setattr(in_process, "native", lambda dtype, device: torch.float32)
+    model, other = tiny_model(VOCAB), tiny_model(VOCAB, seed=1)
+    generator = ready(model, dtype="bfloat16")
     model.load_state_dict(other.state_dict())
     assert generator.generate(some_prompts(), GREEDY) == ready(other).generate(some_prompts(), GREEDY)
 

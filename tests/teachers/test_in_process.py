@@ -1,7 +1,10 @@
 import torch
 
 from distillkit.data.collate import collate
+from distillkit.models import loading
+from distillkit.models.loading import load_model
 from distillkit.teachers.in_process import TransformersTeacher
+from tiny import save_tiny
 from tiny_scores import CPU, WIDTH, some_rows
 
 
@@ -29,3 +32,18 @@ def test_the_identity_depends_on_class_and_type_of_the_weights(source):
     assert len({teacher.identity() for teacher in teachers}) == 3
     assert teachers[0].identity() == TransformersTeacher(str(source)).identity()
     assert {teacher.fingerprint() for teacher in teachers} == {None}
+
+
+def test_weights_in_a_type_without_instructions_keep_their_values_in_float32(tmp_path, monkeypatch, caplog):
+    source = str(save_tiny(tmp_path / "teacher"))
+    monkeypatch.setattr(loading, "native", lambda dtype, device: torch.float32)
+    caplog.set_level("INFO", "distillkit")
+    teacher = TransformersTeacher(source, "bfloat16")
+    teacher.setup(torch.device("cpu"))
+    kept = load_model(source, "bfloat16").state_dict()
+    for name, own in teacher.model.state_dict().items():
+        assert own.dtype == torch.float32
+        assert torch.equal(own, kept[name].float())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"teacher {source}: this processor has no instructions for bfloat16, so it runs in float32"
+    ]

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,6 +19,7 @@ from distillkit.cli import configs
 from distillkit.cli.explain import Command, explain
 from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError
+from distillkit.hardware import default_device, multiplies
 from distillkit.models.student import Student
 from distillkit.module import DistillModule
 
@@ -138,8 +140,20 @@ class DistillCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with CSV and TensorBoard logs in the run's folder unless other loggers are configured."""
         trainer = self._get(self.config_init, "trainer")
+        kwargs |= _runnable_precision(trainer.accelerator, trainer.precision)
         if "logger" not in kwargs and trainer.logger in (None, True):
             root = trainer.default_root_dir
             table = CSVLogger(root, name="csv", flush_logs_every_n_steps=1)
             kwargs["logger"] = [table, TensorBoardLogger(root, name="tensorboard")]
         return super().instantiate_trainer(**kwargs)
+
+
+def _runnable_precision(accelerator: Any, precision: Any) -> dict[str, str]:
+    """Float32 in place of bfloat16 where the run is on a processor that has no instructions for it; the log says so."""
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and default_device().type == "cpu")
+    if precision not in ("bf16-mixed", "bf16-true") or not on_cpu or multiplies(torch.bfloat16, torch.device("cpu")):
+        return {}
+    logging.getLogger("distillkit").info(
+        "trainer.precision: this processor has no instructions for bfloat16, so %s becomes 32-true", precision
+    )
+    return {"precision": "32-true"}

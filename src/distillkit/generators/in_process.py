@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distillkit.errors import ConfigError
 from distillkit.generators.progress import token_bar
 from distillkit.generators.sampling import draw
+from distillkit.hardware import native
 from distillkit.interfaces import Generator
 from distillkit.models.scoring import base_model, evaluating, output_head
 from distillkit.models.tokenizers import eos_ids
@@ -26,8 +27,8 @@ class TransformersGenerator(Generator):
 
     Args:
         batch_size: Prompts continued at once.
-        dtype: Type of the weights that write. If it is not the model's own, the generator keeps a copy; None shares the
-            model's weights.
+        dtype: Type of the weights that write, float32 on a processor without instructions for it. If it is not the
+            model's own, the generator keeps a copy; None shares the model's weights.
         progress: Whether a progress bar is shown.
 
     Raises:
@@ -52,7 +53,7 @@ class TransformersGenerator(Generator):
         """Takes the weights that `model` has now: shares them, or copies them where the type differs."""
         base = base_model(model)
         self._tokenizer, self._eos = tokenizer, eos_ids(tokenizer, base)
-        wanted = base.dtype if self.dtype is None else getattr(torch, self.dtype)
+        wanted = base.dtype if self.dtype is None else native(getattr(torch, self.dtype), base.device)
         if wanted == base.dtype:
             self._model, self._copy = model, None
             return

