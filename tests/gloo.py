@@ -16,19 +16,22 @@ dist.destroy_process_group()
 """
 
 
-def run_ranks(script, folder, world=2, timeout=60):
+def run_ranks(script, folder, world=2, timeout=180):
     """What `script` leaves in `found` on each rank; it has `rank` and `world`."""
     command = [sys.executable, "-W", "ignore", "-c", _START + script + _END]
-    jobs = [
-        subprocess.Popen([*command, str(rank), str(world), str(folder / "meet")], stdout=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
+    jobs, said, complaints = [], [folder / f"rank-{rank}.out" for rank in range(world)], []
+    for rank, out in enumerate(said):
+        complaints.append(out.with_suffix(".err"))
+        place = [str(rank), str(world), str(folder / "meet")]
+        # Files, because a pipe that nobody reads yet would hold a rank up.
+        with out.open("w") as file, complaints[-1].open("w") as errors:
+            jobs.append(subprocess.Popen([*command, *place], stdout=file, stderr=errors))
     try:
-        outputs = [job.communicate(timeout=timeout)[0] for job in jobs]
+        for job in jobs:
+            job.wait(timeout)
     finally:
         for job in jobs:
             job.kill()
             job.wait()
-            job.stdout.close()
-    assert [job.returncode for job in jobs] == [0] * world
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert [job.returncode for job in jobs] == [0] * world, "\n".join(error.read_text() for error in complaints)
+    return [json.loads(out.read_text().splitlines()[-1]) for out in said]
