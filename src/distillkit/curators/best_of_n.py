@@ -56,7 +56,7 @@ class BestOfN(WrappedCurator):
         self.verifier.check(prompts)
         samples = self._samples(prompts, generators)
         scores = [self._scores(prompts, responses) for responses in samples]
-        best = [max(range(self.n), key=lambda i, place=place: scores[i][place]) for place in range(len(prompts))]
+        best = [column.index(max(column)) for column in zip(*scores, strict=True)]
         self._report(prompts.round, scores)
         return [
             self.curator.row(prompt, samples[number][place])

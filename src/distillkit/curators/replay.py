@@ -29,8 +29,8 @@ class ReplayCurator(WrappedCurator):
 
     Args:
         curator: Writes the fresh rows; its rounds must not be `once`.
-        replay: Probability in [0, 1] with which a prompt's place is taken by rows of the buffer; a schedule is read when
-            a round starts.
+        replay: Probability in [0, 1] with which a prompt's place is taken by rows of the buffer; a schedule is read
+            when a round starts.
         capacity: Prompts whose rows the buffer holds, at least 1.
         seed: Seed of the draws.
 
@@ -38,9 +38,7 @@ class ReplayCurator(WrappedCurator):
         ConfigError: If a number is outside its range, or the curator's rounds are `once`.
     """
 
-    def __init__(
-        self, curator: Curator, replay: float | Schedule = 0.5, capacity: int = 1000, seed: int = 0
-    ) -> None:
+    def __init__(self, curator: Curator, replay: float | Schedule = 0.5, capacity: int = 1000, seed: int = 0) -> None:
         super().__init__(curator)
         if capacity < 1:
             raise ConfigError(f"ReplayCurator.capacity must be at least 1, got {capacity}.")
@@ -74,8 +72,8 @@ class ReplayCurator(WrappedCurator):
         old, new = self._order(prompts.round), iter(fresh)
         groups = [self._start[old[at % len(old)]] if at >= 0 else next(new) for at in _places(replayed)]
         _log.info(
-            "ReplayCurator, round %d: rows of the buffer for %d of %d prompts (%.1f %%, share %.1f %%); it held the rows "
-            "of %d prompts of %d",
+            "ReplayCurator, round %d: rows of the buffer for %d of %d prompts (%.1f %%, share %.1f %%); it held the "
+            "rows of %d prompts of %d",
             prompts.round, sum(replayed), len(prompts), 100 * sum(replayed) / len(prompts), 100 * share,
             len(self._start), self.capacity,
         )  # fmt: skip

@@ -50,9 +50,7 @@ def without_overlap(
     """
     if not held_out:
         raise ConfigError("`data.decontaminate` has nothing to compare with: give data.val, data.test or `against`.")
-    known = {
-        run: record.origin for each in held_out.values() for record in each for run in _runs(record, ngram)
-    }
+    known = {run: record.origin for each in held_out.values() for record in each for run in _runs(record, ngram)}
     kept: list[Record] = []
     left_out: list[tuple[Record, str]] = []
     for record in records:

@@ -19,10 +19,10 @@ _UNIT = re.compile(r"[ \t]*[%°]?[ \t]*[^\W\d]*[.!*]*")
 
 
 class NumericAnswer(Verifier):
-    """1 if a response ends in the same number as the response that came with the prompt, else 0.
+    r"""1 if a response ends in the same number as the response that came with the prompt, else 0.
 
-    The answer is the number after the last `####` line, as in GSM8K, or in the last `\\boxed{…}`, or else the last
-    number of the text. Numbers are compared exactly, as fractions: 0.5, 1/2, .50 and \\frac{1}{2} are equal.
+    The answer is the number after the last `####` line, as in GSM8K, or in the last `\boxed{…}`, or else the last
+    number of the text. Numbers are compared exactly, as fractions: 0.5, 1/2, .50 and \frac{1}{2} are equal.
     """
 
     needs_reference = True
@@ -53,10 +53,10 @@ class NumericAnswer(Verifier):
 
 
 def answer(text: str) -> Fraction | None:
-    """The numeric answer that a text gives; None if it has no number.
+    r"""The numeric answer that a text gives; None if it has no number.
 
     Args:
-        text: A response, with an answer after `####`, in `\\boxed{…}`, or as its last number.
+        text: A response, with an answer after `####`, in `\boxed{…}`, or as its last number.
     """
     marked = [found for line in _MARKED.finditer(text) if (found := _only_number(line["answer"])) is not None]
     if marked:
@@ -67,10 +67,10 @@ def answer(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text; None if it has none.
+    r"""The last number of a text; None if it has none.
 
     Read are signs, thousands separated by commas, decimals with a point, powers of ten (`1e3`), fractions (`3/4`,
-    `\\frac{3}{4}`), and what stands around a number: currency, per cent and units. A minus between two numbers is not a
+    `\frac{3}{4}`), and what stands around a number: currency, per cent and units. A minus between two numbers is not a
     sign.
     """
     plain = _plain(text)
@@ -109,7 +109,7 @@ def _is_negative(found: re.Match[str]) -> bool:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What stands in the braces of the last `\\boxed{…}`; None if there is none or it does not end."""
+    r"""What stands in the braces of the last `\boxed{…}`; None if there is none or it does not end."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
