@@ -121,7 +121,9 @@ def test_a_schedule_is_read_when_a_round_starts(generators):
         rows = curator.curate(part(100, 300, number), generators)
         curator.update(Progress(step + 2, 10), {})
         assert curator.curate(part(100, 300, number), generators) == rows
-        replayed = 200 - sum(len(ids) for round_number, ids in generators["student"].asked if round_number == number) / 2
+        replayed = (
+            200 - sum(len(ids) for round_number, ids in generators["student"].asked if round_number == number) / 2
+        )
         assert binomtest(int(replayed), 200, expected).pvalue > 0.001
 
 

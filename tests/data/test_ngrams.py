@@ -17,7 +17,9 @@ def test_every_run_of_n_items_is_an_ngram():
     assert list(ngrams("ab", 3)) == []
 
 
-@pytest.mark.parametrize(("text", "expected"), [("abcdef", 0.0), ("aaaaa", 0.75), ("ababab", 0.6), ("ab", 0.0), ("", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("abcdef", 0.0), ("aaaaa", 0.75), ("ababab", 0.6), ("ab", 0.0), ("", 0.0)]
+)
 def test_the_share_of_repeated_bigrams(text, expected):
     assert repetition(text, 2, 99) == pytest.approx(expected)
 

@@ -94,7 +94,9 @@ def test_a_marked_answer_does_not_hide_behind_the_last_number():
     assert (answer(text), last_number(text)) == (42, 3)
 
 
-@pytest.mark.parametrize("text", ["9" * 3000, "1e999999999", "1," * 5000, "(" * 5000 + "1", "-" * 5000, r"\boxed{" * 999])
+@pytest.mark.parametrize(
+    "text", ["9" * 3000, "1e999999999", "1," * 5000, "(" * 5000 + "1", "-" * 5000, r"\boxed{" * 999]
+)
 def test_a_wild_text_takes_no_time(text):
     answer(text)  # a quadratic or exponential search would not end
 

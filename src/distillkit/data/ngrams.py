@@ -20,8 +20,8 @@ def ngrams(items: Sequence[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]:
 def repetition(items: Sequence[Hashable], n: int, window: int) -> float:
     """The largest share of repeated n-grams in any stretch of a sequence.
 
-    In a stretch the share is 1 − (different n-grams) / (n-grams), seq-rep-n of Welleck et al. 2019, arXiv 1908.04319,
-    section 6.1. The stretches keep a loop at the end of a long text from being outweighed by what comes before.
+    In a stretch the share is 1 − (different n-grams) / (n-grams), seq-rep-n of Welleck et al. 2019, arXiv 1908.04319.
+    The stretches keep a loop at the end of a long text from being outweighed by what comes before.
 
     Args:
         items: Words or tokens.

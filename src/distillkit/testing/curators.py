@@ -63,7 +63,7 @@ class CuratorContract:
         self._require(len(sizes) == 1, f"the number of rows per prompt must not change, got {sorted(sizes)}")
 
     def test_gives_rows_that_can_be_trained_on(self) -> None:
-        """A row begins with its prompt; its mask is as long as its tokens, and the prompt's first token is not in it."""
+        """A row begins with its prompt; its mask is as long as its tokens and leaves out the first."""
         curator, prompts = self._prepared()
         known = {prompt.id: prompt for prompt in prompts}
         for number in range(NUM_ROUNDS):
