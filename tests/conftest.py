@@ -1,6 +1,8 @@
 """What every test shares."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,3 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """The command takes the log for itself; the next test looks for its lines where pytest has them."""
+    log = logging.getLogger("distillkit")
+    before = log.handlers, log.propagate, log.level
+    yield
+    log.handlers, log.propagate, log.level = before

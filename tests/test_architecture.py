@@ -25,11 +25,14 @@ PARTS = {
         "CrossEntropy", "DPKD", "DistiLLM2", "ForwardKL", "GeneralizedJSD", "JeffreysKL", "ReverseKL", "SkewKL",
         "SkewReverseKL", "TotalVariation", "WeightedSum",
     },
-    "curator": {"DatasetCurator", "PairedCurator", "StudentCurator", "TeacherCurator"},
+    "curator": {
+        "BestOfN", "DatasetCurator", "FilteredCurator", "MixedCurator", "PairedCurator", "ReplayCurator",
+        "StudentCurator", "TeacherCurator",
+    },
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
     "generator": {"TransformersGenerator"},
     "teacher": {"CachedTeacher", "TransformersTeacher"},
-    "verifier": set(),
+    "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip
 
 VERB_NAMES = {"fit", "curate", "validate", "test", "plugins"}
@@ -45,6 +48,7 @@ PAGE_OF_KIND = {
     "schedule": "docs/schedules.md",
     "generator": "docs/models.md",
     "teacher": "docs/models.md",
+    "verifier": "docs/verifiers.md",
 }
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("**/*.yaml"))

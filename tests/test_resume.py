@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a round an epoch": {"rounds": "epoch"},
     "a round every two steps": {"rounds": {"every": 2}},
     "dropout": {"rounds": "epoch", "lora": {"r": 4, "dropout": 0.5}},
+    "replay and mixing by schedule": {"rounds": {"every": 2}, "replay": True},
 }
 
 
@@ -42,7 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, run: str, rounds: Any, lora: Any = None, every: int | None = 2, **more: Any) -> dict[str, Any]:
     """A small DistiLLM-2 run into `run`."""
     sampling = {"max_new_tokens": 6}
-    part = lambda name, **settings: {"class_path": name, "init_args": settings}  # noqa: E731
+    pair = part(
+        "PairedCurator",
+        chosen=part("TeacherCurator", sampling=sampling),
+        rejected=part("StudentCurator", sampling=sampling, rounds=rounds),
+    )
     return {
         "trainer": QUIET | {
             "default_root_dir": str(folder / run), "max_epochs": more.get("epochs", 3), "accumulate_grad_batches": 2,
@@ -52,17 +57,27 @@ def config(folder: Path, run: str, rounds: Any, lora: Any = None, every: int | N
             "student": {"source": str(folder / "student"), "lora": lora},
             "teacher": part("TransformersTeacher", source=str(folder / "teacher"), dtype="float32"),
             "loss": part("DistiLLM2", alpha=part("AdaptiveAlpha", warmup_steps=5)),
-            "curator": part(
-                "PairedCurator",
-                chosen=part("TeacherCurator", sampling=sampling),
-                rejected=part("StudentCurator", sampling=sampling, rounds=rounds),
-            ),
+            "curator": _replayed(pair, rounds) if more.get("replay") else pair,
             "generator": more.get("generator", part("TransformersGenerator", progress=False)),
             "optimizer": part("torch.optim.AdamW", lr=1e-3),
             "answers": {"temperature": 0.0, "max_new_tokens": 6},
         },
         "data": {"train": str(folder / "train.jsonl"), "val": str(folder / "val.jsonl"), "batch_size": 2},
     }  # fmt: skip
+
+
+def part(name: str, **settings: Any) -> dict[str, Any]:
+    return {"class_path": name, "init_args": settings}
+
+
+def _replayed(pair: dict[str, Any], rounds: Any) -> dict[str, Any]:
+    """Pairs of which some are replayed; the teacher's half comes from two samples of it, some of which are refused."""
+    once = pair["init_args"]["chosen"]
+    anew = part("TeacherCurator", sampling={"max_new_tokens": 5}, rounds=rounds)
+    chosen = part("MixedCurator", parts=[once, anew], shares=part("Linear", start=0.2, end=0.9))
+    mixed = part("PairedCurator", chosen=chosen, rejected=pair["init_args"]["rejected"])
+    filtered = part("FilteredCurator", curator=mixed, filters=["Empty", part("Repeated", ngram=2)])
+    return part("ReplayCurator", curator=filtered, replay=part("Linear", start=0.3, end=0.9), capacity=5)
 
 
 def start(folder: Path, run: str, settings: dict[str, Any], *arguments: str) -> list[str]:
@@ -158,6 +173,7 @@ def assert_both_sessions_are_logged(resumed: Path, alone: Path, killed_after: in
     pytest.param("a round every two steps", 3, marks=pytest.mark.slow),
     ("a round every two steps", 5),  # from within a round
     ("dropout", 5),
+    ("replay and mixing by schedule", 5),
 ])  # fmt: skip
 def test_a_run_killed_in_an_epoch_ends_as_if_nothing_had_happened(
     case: str, step: int, folder: Path, left_alone: Callable[[str], Path]
@@ -199,6 +215,15 @@ def test_a_checkpoint_at_the_end_of_an_epoch_is_resumed_too(folder: Path) -> Non
     resumed = kill_and_resume(folder, "by epoch, killed", settings, after_step(7))
     assert_same_run(resumed, folder / "by epoch")
     assert_both_sessions_are_logged(resumed, folder / "by epoch", 7)
+
+
+def test_a_run_that_replays_writes_less(folder: Path, left_alone: Callable[[str], Path]) -> None:
+    case = "replay and mixing by schedule"
+    shards = ResponseStore(left_alone(case) / "responses").shards()
+    written = sum(shard["responses"] for shard in shards if shard["writer"] == "student")
+    assert PROMPTS <= written < 0.9 * 3 * PROMPTS, "it would be one for each prompt in each of three epochs"
+    checkpoint = torch.load(left_alone(case) / "checkpoints" / "last.ckpt")
+    assert len(checkpoint["state_dict"]["curator._extra_state"]["start"]["sizes"]) == 5, "the buffer is full"
 
 
 @pytest.mark.slow

@@ -206,6 +206,12 @@ class Teacher(ABC):
 class Verifier(ABC):
     """Judges a response."""
 
+    needs_reference: bool = False
+    """True if every prompt must come with a response of its own, which is read as `Prompt.reference`."""
+
+    def check(self, prompts: Prompts) -> None:  # noqa: B027 - most verifiers can judge responses to any prompt
+        """Refuses prompts whose responses it can't judge. Called before responses to them are written."""
+
     @abstractmethod
     def verify(self, prompts: Prompts, responses: Sequence[Response]) -> list[float]:
         """One number per response, larger is better; exact checks give 0 or 1."""

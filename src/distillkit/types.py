@@ -6,7 +6,7 @@ p is the teacher and q the student, everywhere.
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -30,6 +30,7 @@ class Prompt:
         input_ids: Token ids of the rendered messages, generation prompt included.
         reference_ids: Token ids of the whole conversation with the response that came with the prompt; empty if none.
         reference_mask: True at each token of `reference_ids` that an assistant wrote, its end of turn included.
+        reference: Text of the response that came with the prompt; None if none.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Prompt:
     input_ids: tuple[int, ...]
     reference_ids: tuple[int, ...] = ()
     reference_mask: tuple[bool, ...] = ()
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ class Sampling:
 
     def seed_of(self, round_number: int, prompt_id: str) -> int:
         """The seed of one response: it depends on the base seed, the round and the prompt, not on a batch or a rank."""
-        text = f"{self.seed}/{round_number}/{prompt_id}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{round_number}/{prompt_id}".encode()).digest()[:8]) >> 1
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,16 @@ class Row:
         response_mask: True at each token that is trained on; as long as `input_ids`.
         writer: Who wrote the response.
         prompt_id: Id of the prompt; the rows of one prompt form a pair.
+        ended: False if a model's response was cut before its end of turn.
+        blank: True if a model's response has no text.
     """
 
     input_ids: tuple[int, ...]
     response_mask: tuple[bool, ...]
     writer: str
     prompt_id: str
+    ended: bool = field(default=True, compare=False)
+    blank: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> bytes:
@@ -271,8 +276,7 @@ class Slicing:
     Args:
         memory: MiB that a loss may hold at once for log-probabilities, at least 1; None is 304 on the CPU, and on a GPU
             a 32nd of its memory, at most 2048.
-        compile: Whether `torch.compile` makes kernels of what the loss does to a slice, which takes a minute at the
-            start.
+        compile: Whether `torch.compile` makes kernels of a slice's loss, which takes a minute at the start.
 
     Raises:
         ConfigError: If `memory` is below 1.
@@ -359,8 +363,7 @@ class LossOutput:
 
     Args:
         total: `[]` or `[C]` nats summed over units, one number per component.
-        units: `[]` or `[C]` float64 number of units of each component; the mean divides by it once, over the global
-            batch.
+        units: `[]` or `[C]` float64 number of units of each component, which the global batch's mean divides by once.
         metrics: Detached values, a scalar or one per row or position. Their names don't depend on the batch.
     """
 
@@ -395,6 +398,3 @@ class Progress:
     def fraction(self) -> float:
         """Share of the run that is done, in [0, 1]."""
         return min(self.step / self.total, 1.0) if self.total > 0 else 0.0
-
-
-Curate = Callable[[Prompts], Sequence[Row]]

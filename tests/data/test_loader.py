@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from distillkit.data.loader import FixedLoader, RoundLoader, rank_rows
@@ -228,3 +230,47 @@ def test_fixed_batches_come_again_each_time():
     fixed = FixedLoader(batches)
     assert len(fixed) == 3
     assert list(fixed) == list(fixed) == batches
+
+
+class Refusing(Recorder):
+    """Nothing of the named prompts is trained on."""
+
+    def __init__(self, refused, rows_per_prompt=1):
+        super().__init__(rows_per_prompt)
+        self.refused = refused
+
+    def curate(self, prompts):
+        rows = super().curate(prompts)
+        return [replace(row, response_mask=(F, F)) if row.prompt_id in self.refused else row for row in rows]
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_prompts_that_are_not_trained_on_are_left_out_of_their_batch(layout):
+    settings = {"shuffle": False, "batch_size": 4, "layout": layout}
+    first, second, _ = batches = list(loader(9, Refusing({"p1", "p6", "p7"}, 2), **settings))
+    assert ids(batches) == [[0, 0, 2, 2, 3, 3], [4, 4, 5, 5], [8, 8]]
+    assert (first.pair, first.lengths, first.num_tokens) == ((0, 0, 1, 1, 2, 2), (1,) * 6, 6)
+    assert second.num_tokens == 4
+    assert len(loader(9, Refusing({"p1"}), **settings)) == 3, "the epoch has as many batches as before"
+
+
+def test_a_batch_of_which_nothing_is_trained_on_keeps_one_prompt():
+    batches = list(loader(6, Refusing({"p2", "p3"}, 2), shuffle=False))
+    assert ids(batches) == [[0, 0, 1, 1], [2, 2], [4, 4, 5, 5]]
+    assert [batch.num_tokens for batch in batches] == [4, 0, 4]
+
+
+def test_what_is_left_of_a_batch_is_dealt_to_all_ranks():
+    settings = {"shuffle": False, "batch_size": 2, "world": 2}
+    ranks = [list(loader(8, Refusing({"p0", "p2", "p4", "p5", "p6"}), rank=rank, **settings)) for rank in range(2)]
+    assert [ids(batches) for batches in ranks] == [[[1], [7]], [[3], [7]]]
+    assert [[batch.num_tokens for batch in batches] for batches in ranks] == [[1, 1], [1, 0]]
+
+
+def test_two_groups_of_one_prompt_are_two_pairs():
+    class Replaying(Recorder):
+        def curate(self, prompts):
+            return [replace(row, prompt_id="p0") for row in super().curate(prompts)]
+
+    (batch,) = loader(3, Replaying(2), batch_size=3)
+    assert batch.pair == (0, 0, 1, 1, 2, 2)

@@ -80,6 +80,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 PART_KEYS = {
     "loss": "loss", "losses": "loss", "curator": "curator", "chosen": "curator", "rejected": "curator",
     "generator": "generator", "teacher": "teacher", "alpha": "schedule", "beta": "schedule", "verifier": "verifier",
+    "parts": "curator", "shares": "schedule", "replay": "schedule",
 }  # fmt: skip
 """Keys of the built-in parts that take a part, and its kind."""
 

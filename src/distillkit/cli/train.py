@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.logging import RichHandler
 
-import distillkit.callbacks  # noqa: F401  its classes are found by their short names
+import distillkit.callbacks
+import distillkit.generators.magpie  # noqa: F401  the classes of both are found by their short names
 from distillkit.cli import configs
 from distillkit.cli.explain import Command, explain
 from distillkit.data.module import DistillData

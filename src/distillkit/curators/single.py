@@ -87,7 +87,8 @@ class SampledCurator(Curator):
     def row(self, prompt: Prompt, response: Response) -> Row:
         """A prompt with its response, which is what is trained on."""
         mask = (False,) * len(prompt.input_ids) + (True,) * len(response.token_ids)
-        return Row(prompt.input_ids + response.token_ids, mask, self.writer, prompt.id)
+        ended, blank = response.finish == "stop", not response.text.strip()
+        return Row(prompt.input_ids + response.token_ids, mask, self.writer, prompt.id, ended, blank)
 
 
 class TeacherCurator(SampledCurator):

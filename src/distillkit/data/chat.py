@@ -140,9 +140,10 @@ def encode(record: Record, tokenizer: Any, eos_ids: Ids, chat: bool, system: str
         raise ConfigError("`data.system` needs a chat template, but `data.chat` is false: write it into the prompts.")
     if system is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system}, *messages)
-    prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    answered = messages[-1]["role"] == "assistant"
+    prompt = messages[:-1] if answered else messages
     encoded = (_encode_chat if chat else _encode_plain)(messages, tokenizer, eos_ids, record.origin)
-    return Prompt(_prompt_id(prompt), prompt, *encoded)
+    return Prompt(_prompt_id(prompt), prompt, *encoded, reference=messages[-1]["content"] if answered else None)
 
 
 def _prompt_id(messages: Sequence[Message]) -> str:

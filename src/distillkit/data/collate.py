@@ -13,18 +13,21 @@ from distillkit.types import Batch, Row
 Layout = Literal["shared", "packed", "padded"]
 
 
-def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared", bucket: int = 1) -> Batch:
+def collate(
+    rows: Sequence[Row], pad_id: int, layout: Layout = "shared", bucket: int = 1, pair: Sequence[int] | None = None
+) -> Batch:
     """Makes a batch of rows, on the CPU.
 
     Masks come from lengths and from the rows, never from token ids: `pad_id` may be a token that rows contain.
 
     Args:
-        rows: The batch's rows, at least one. The rows of one prompt get the same pair number, counted from 0 in the
-            order in which the prompts first appear.
+        rows: The batch's rows, at least one.
         pad_id: Token id that fills the rows up; it is neither attended to nor trained on.
         layout: `shared` also lays the rows end to end, those of one prompt with one copy of what they begin with;
             `packed` does so with a copy for each; `padded` does not.
         bucket: The length of what is laid end to end is a multiple of it.
+        pair: Number of the pair that each row belongs to; None gives the rows of one prompt the same number, counted
+            from 0 in the order in which the prompts first appear.
 
     Raises:
         DataError: If a row is empty, its mask has another length than its tokens, or it trains on its first token.
@@ -43,7 +46,8 @@ def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared", bucket:
         response_mask[index, :length] = torch.tensor(row.response_mask, dtype=torch.bool)
     found = response_positions(input_ids, response_mask)
     numbers: dict[str, int] = {}
-    pair = tuple(numbers.setdefault(row.prompt_id, len(numbers)) for row in rows)
+    if pair is None:
+        pair = [numbers.setdefault(row.prompt_id, len(numbers)) for row in rows]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -53,7 +57,7 @@ def collate(rows: Sequence[Row], pad_id: int, layout: Layout = "shared", bucket:
         rows=found.rows,
         lengths=found.lengths,
         writer=tuple(row.writer for row in rows),
-        pair=pair,
+        pair=tuple(pair),
         keys=tuple(row.key for row in rows),
         packed=None if layout == "padded" else pack(rows, pair, layout == "shared", pad_id, bucket),
     )

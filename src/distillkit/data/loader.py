@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from distillkit.data.collate import Layout, collate
-from distillkit.types import Batch, Curate, Prompts, Row
+from distillkit.types import Batch, Prompts, Row
+
+Curate = Callable[[Prompts], Sequence[Row]]
 
 
 class RoundLoader:
@@ -122,7 +124,12 @@ class RoundLoader:
 
     def _batch(self, places: Sequence[int], rows: dict[int, list[Row]]) -> Batch:
         groups = [rows[place] for place in places]
-        return collate(rank_rows(groups, self.rank, self.world), self.pad_id, self.layout, self.bucket)
+        # A group that is not trained on would only be padded for: one stands in where a whole batch is such.
+        trained = [group for group in groups if any(any(row.response_mask) for row in group)] or groups[:1]
+        own = rank_rows(trained, self.rank, self.world)
+        size = len(groups[0])
+        pair = [number // size for number in range(len(own))]  # by place: two groups may be of one prompt (replay)
+        return collate(own, self.pad_id, self.layout, self.bucket, pair)
 
 
 def _places(steps: list[list[list[int]]]) -> list[int]:

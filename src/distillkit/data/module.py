@@ -8,6 +8,7 @@ from lightning import LightningDataModule
 
 from distillkit.data.chat import encode_all, require_chat_template
 from distillkit.data.collate import Layout, collate
+from distillkit.data.decontaminate import Decontamination, without_overlap
 from distillkit.data.loader import FixedLoader, RoundLoader, rank_rows
 from distillkit.data.records import Record, Source
 from distillkit.errors import ConfigError, DataError
@@ -37,6 +38,8 @@ class DistillData(LightningDataModule):
             loss to rounding; a model whose attention can't be told who sees whom gets padded rows.
         bucket: The length of packed rows is filled up to a multiple of so many tokens: fewer lengths, for models that
             are compiled to CUDA graphs.
+        decontaminate: Leaves out training prompts that overlap with evaluation prompts, and says how many; None
+            compares nothing.
 
     Raises:
         ConfigError: If a number is below 1.
@@ -57,6 +60,7 @@ class DistillData(LightningDataModule):
         seed: int = 0,
         layout: Layout = "shared",
         bucket: int = 1,
+        decontaminate: Decontamination | None = None,
     ) -> None:
         super().__init__()
         numbers = {
@@ -68,12 +72,12 @@ class DistillData(LightningDataModule):
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ConfigError(f"DistillData.{name} must be at least 1, got {number}.")
-        self.sources = {"train": train, "val": val, "test": test if test is not None else val}
+        self.sources: dict[str, Any] = {"train": train, "val": val, "test": test if test is not None else val}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.overlong, self.chat, self.system = max_length, overlong, chat, system
         self.shuffle, self.seed = shuffle, seed
         self.layout: Layout = layout
-        self.bucket = bucket
+        self.bucket, self.decontaminate = bucket, decontaminate
         self.prompts: dict[str, Prompts] = {}
         self._records: dict[str, list[Record]] = {}
         self._loader: RoundLoader | None = None
@@ -81,7 +85,7 @@ class DistillData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Checks that the files are there and reads them, before any model is touched."""
-        for source in self.sources.values():
+        for source in (*self.sources.values(), *self._against()):
             if source is not None:
                 _as_source(source).check()
         self._read()
@@ -169,8 +173,21 @@ class DistillData(LightningDataModule):
         return FixedLoader([collate(batch, module.tokenizer.pad_token_id, self.layout) for batch in own])
 
     def _read(self) -> None:
-        if not self._records:
-            self._records = {name: _as_source(s).records() for name, s in self.sources.items() if s is not None}
+        if self._records:
+            return
+        held_out = {name: _as_source(source).records() for name, source in self._held_out_sources().items()}
+        train = _as_source(self.sources["train"]).records()  # last: a source may take its time to make them
+        if self.decontaminate is not None:
+            train = without_overlap(train, held_out, self.decontaminate.ngram)
+        self._records = {"train": train} | {name: held_out[name] for name in ("val", "test") if name in held_out}
+
+    def _held_out_sources(self) -> dict[str, str | Source]:
+        """The sources of evaluation prompts by their names: those of the run, and those that are only compared with."""
+        own = {name: source for name, source in self.sources.items() if name != "train" and source is not None}
+        return own | {_as_source(source).path: source for source in self._against()}
+
+    def _against(self) -> list[str | Source]:
+        return [] if self.decontaminate is None else list(self.decontaminate.against)
 
     def _module(self) -> Any:  # it is above this layer: what is used of it is duck-typed
         assert self.trainer is not None
