@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from distillkit.errors import StoreError
+from distillkit.errors import GenerationError, StoreError
 from distillkit.generators import stored as module
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks, StoredGenerator
@@ -32,6 +32,20 @@ class Counting(Generator):
             raise KeyboardInterrupt
         self.asked.append([prompt.id for prompt in prompts])
         return self.inner.generate(prompts, sampling)
+
+
+class GivesUp(Counting):
+    """Gives up on its call number `call`, once, after all but the first of that call's prompts are answered."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def generate(self, prompts, sampling):
+        responses = super().generate(prompts, sampling)
+        if len(self.asked) == self.call:
+            raise GenerationError("The server does not answer.", responses[:0:-1])
+        return responses
 
 
 @dataclass
@@ -114,6 +128,28 @@ def test_resumed_equals_uninterrupted(until, tmp_path, uninterrupted):
     resumed = Counting()
     assert stored(tmp_path, resumed).generate(some_prompts(), SAMPLING) == uninterrupted[0]
     assert broken.asked + resumed.asked == uninterrupted[1]  # in the same batches, and none of them twice
+
+
+def test_what_a_generator_had_finished_when_it_gave_up_is_kept_and_only_the_rest_is_asked_for_again(
+    tmp_path, uninterrupted
+):
+    gives_up = GivesUp(call=2)
+    with pytest.raises(GenerationError, match="does not answer"):
+        stored(tmp_path, gives_up).generate(some_prompts(), SAMPLING)
+    first, second, *others = uninterrupted[1]
+    assert gives_up.asked == [first, second]
+    kept = ResponseStore(tmp_path).read(Provenance("teacher", "w0", SAMPLING, 0))
+    assert sorted(kept) == sorted([*first, second[1]])
+    resumed = Counting()
+    assert stored(tmp_path, resumed).generate(some_prompts(), SAMPLING) == uninterrupted[0]
+    assert resumed.asked == [[second[0]], *others]
+
+
+def test_a_generator_that_gave_up_at_once_leaves_no_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RESPONSES_PER_SHARD", 1)
+    with pytest.raises(GenerationError):
+        stored(tmp_path, GivesUp(call=1)).generate(some_prompts(), SAMPLING)
+    assert ResponseStore(tmp_path).shards() == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from distillkit.errors import StoreError
+from distillkit.errors import GenerationError, StoreError
 from distillkit.generators.progress import token_bar
 from distillkit.interfaces import Generator
 from distillkit.store import Provenance, ResponseStore
@@ -39,7 +39,8 @@ class StoredGenerator(Generator):
     """Answers from the store, and has the rest written by another generator, each response once.
 
     Prompts are divided into groups that depend on nothing but the prompts and the number of ranks, and a group is
-    written as one shard: a run that was killed and resumed writes the same responses in the same batches.
+    written as one shard: a run that was killed and resumed writes the same responses in the same batches. Of a group
+    whose generator gave up in the middle, what it had finished is a shard, and the rest is another once it is resumed.
 
     Args:
         writer: Name under which responses are stored: teacher, student, ...
@@ -72,6 +73,7 @@ class StoredGenerator(Generator):
         """One response per prompt, in their order; every rank asks for the same prompts and gets all responses.
 
         Raises:
+            GenerationError: If the inner generator gives up; what it had finished is in the store.
             StoreError: If responses are missing and the weights that wrote the others have moved on.
         """
         provenance = Provenance(self.writer, self.fingerprint(prompts.round), sampling, prompts.round)
@@ -100,8 +102,7 @@ class StoredGenerator(Generator):
         shown = getattr(self.inner, "progress", True) and self.ranks.rank == 0
         with token_bar(f"{self.writer} writes", sum(map(len, missing)), shown):
             for group in filter(None, missing):
-                responses = self.inner.generate(Prompts(group, prompts.round), sampling)
-                self.store.write(provenance, responses)
+                responses = self._written(Prompts(group, prompts.round), provenance)
                 num_responses += len(responses)
                 num_tokens += sum(len(response.token_ids) for response in responses)
                 num_cut += sum(response.finish == "length" for response in responses)
@@ -112,3 +113,16 @@ class StoredGenerator(Generator):
             self.writer, num_responses, prompts.round, num_tokens, seconds, num_tokens / seconds, num_cut,
             sampling.max_new_tokens, provenance.model,
         )  # fmt: skip
+
+    def _written(self, prompts: Prompts, provenance: Provenance) -> list[Response]:
+        """A group's responses, which are in the store then: all of them, or those before the generator gave up."""
+        try:
+            responses = self.inner.generate(prompts, provenance.sampling)
+        except GenerationError as error:
+            finished = {response.prompt_id: response for response in error.finished}
+            kept = [finished[prompt.id] for prompt in prompts if prompt.id in finished]
+            if kept:
+                self.store.write(provenance, kept)
+            raise
+        self.store.write(provenance, responses)
+        return responses
