@@ -32,7 +32,7 @@ PARTS = {
     "verifier": set(),
 }  # fmt: skip
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "plugins"}
+VERB_NAMES = {"fit", "curate", "validate", "test", "store", "plugins"}
 
 CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
 

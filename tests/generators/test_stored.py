@@ -227,8 +227,8 @@ def test_a_rank_that_looks_late_agrees_with_the_others_that_something_is_missing
         written.wait(timeout=0.3)  # for the other's responses, if it does not wait for this rank to look
         return read(key)
 
-    def write_and_tell(key, responses):
-        write(key, responses)
+    def write_and_tell(*args):
+        write(*args)
         written.set()
 
     late.store.read, quick.store.write = read_late, write_and_tell
