@@ -49,6 +49,7 @@ def stored(folder: Path) -> Counter[str]:
     return Counter(json.dumps(row, default=bytes.hex, sort_keys=True) for row in rows(folder))
 
 
-def counts(folder: Path) -> Counter[tuple[str, int, str]]:
-    """How many responses there are to each prompt, by writer, round and prompt id."""
-    return Counter((row["writer"], row["round"], row["prompt_id"]) for row in rows(folder))
+def counts(folder: Path) -> Counter[tuple[str, ...]]:
+    """How many responses there are to each prompt, by writer, round, sampling and prompt id."""
+    names = ("writer", "round", "sampling", "prompt_id")
+    return Counter(tuple(str(row[name]) for name in names) for row in rows(folder))
