@@ -225,11 +225,14 @@ class OpenShard:
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()  # a shard has one chunk, and is then left where it is
+        self._columns: dict[str, pa.Array] = {}
         self._lists: dict[str, tuple[NDArray[np.int32], NDArray[Any]]] = {}
 
     def column(self, name: str) -> pa.Array:
         """A column as one array."""
-        return self.table.column(name).chunk(0)
+        if name not in self._columns:
+            self._columns[name] = self.table.column(name).chunk(0)
+        return self._columns[name]
 
     @functools.cached_property
     def hashes(self) -> NDArray[np.bytes_]:
