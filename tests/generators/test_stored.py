@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from distillkit.cli.store_rows import stored_rows
 from distillkit.errors import GenerationError, StoreError
 from distillkit.generators import stored as module
 from distillkit.generators.in_process import TransformersGenerator
@@ -235,3 +236,65 @@ def test_a_rank_that_looks_late_agrees_with_the_others_that_something_is_missing
     assert (
         run_ranks([lambda part=part: part.generate(some_prompts(), SAMPLING) for part in (late, quick)]) == [whole] * 2
     )
+
+
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_shards_write_the_groups_of_one_process_and_what_is_not_theirs_is_empty(shards, tmp_path, uninterrupted):
+    whole, groups = uninterrupted
+    for shard in range(shards):
+        inner = Counting()
+        generator = stored(tmp_path, inner, ranks=Ranks(shard=shard, shards=shards))
+        found = generator.generate(some_prompts(), SAMPLING)
+        assert inner.asked == groups[shard::shards]
+        assert inner.refreshed == (1 if groups[shard::shards] else 0), "no engine is started for nothing"
+        there = {name for part in range(shard + 1) for group in groups[part::shards] for name in group}
+        assert {name for _, name in generator.elsewhere} == {one.id for one in some_prompts()} - there
+        for response, expected in zip(found, whole, strict=True):
+            assert response.prompt_id == expected.prompt_id
+            assert response == expected if response.prompt_id in there else response.token_ids == ()
+    assert stored(tmp_path, Counting()).generate(some_prompts(), SAMPLING) == whole
+    assert generator.generate(some_prompts(), SAMPLING) == whole
+
+
+def test_what_was_elsewhere_is_not_counted_once_it_is_there(tmp_path):
+    first, second = (stored(tmp_path, Counting(), ranks=Ranks(shard=shard, shards=2)) for shard in range(2))
+    first.generate(some_prompts(), SAMPLING)
+    assert len(first.elsewhere) == 3
+    second.generate(some_prompts(), SAMPLING)
+    first.generate(some_prompts(), SAMPLING)
+    assert first.elsewhere == second.elsewhere == set()
+
+
+def test_the_ranks_of_a_shard_divide_its_groups(tmp_path, uninterrupted):
+    barrier, inners = threading.Barrier(2, timeout=10), [Counting(), Counting()]
+    parts = [stored(tmp_path, inners[rank], ranks=Ranks(rank, 2, lambda: barrier.wait(), 1, 2)) for rank in range(2)]
+    run_ranks([lambda part=part: part.generate(some_prompts(), SAMPLING) for part in parts])
+    assert [inner.asked for inner in inners] == [[uninterrupted[1][1]], [uninterrupted[1][3]]]
+
+
+class Overtaken(Counting):
+    """While it writes, another run writes the first response of each group."""
+
+    def __init__(self, store, provenance):
+        super().__init__()
+        self.other, self.provenance = store, provenance
+
+    def generate(self, prompts, sampling):
+        responses = super().generate(prompts, sampling)
+        self.other.write(self.provenance, responses[:1])
+        return responses
+
+
+def test_what_another_run_wrote_meanwhile_is_kept(tmp_path, uninterrupted):
+    inner = Overtaken(ResponseStore(tmp_path), Provenance("teacher", "w0", SAMPLING, 0))
+    assert stored(tmp_path, inner).generate(some_prompts(), SAMPLING) == uninterrupted[0]
+    assert sum(shard["responses"] for shard in ResponseStore(tmp_path).shards()) == len(some_prompts())
+
+
+def test_prompts_and_the_class_of_the_generator_are_stored(tmp_path):
+    messages = ({"role": "user", "content": "Why?"},)
+    stored(tmp_path, Counting()).generate(Prompts((Prompt("p", messages, (2, 3)),)), SAMPLING)
+    store = ResponseStore(tmp_path)
+    assert [shard["generator"] for shard in store.shards()] == ["Counting"]
+    (row,) = stored_rows(store.catalog, list(store.catalog.provenances))
+    assert row["messages"] == list(messages)
