@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from typing import Any
 
 from lightning import Callback
@@ -40,3 +41,28 @@ class KilledGenerator(TransformersGenerator):
         if KilledGenerator.calls == self.call:
             kill()
         return super().generate(prompts, sampling)
+
+
+class KilledSoon(TransformersGenerator):
+    """Kills the run `delay` seconds after it is asked to write for the `call`-th time, or `after` it has written then.
+
+    The clock runs in a thread of its own: the run may be anywhere, in the middle of a file too.
+    """
+
+    calls = 0  # of all copies
+
+    def __init__(
+        self, call: int, delay: float, after: bool = False, batch_size: int = 32, progress: bool = True
+    ) -> None:
+        super().__init__(batch_size=batch_size, progress=progress)
+        self.call, self.delay, self.after = call, delay, after
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
+        KilledSoon.calls += 1
+        wound = KilledSoon.calls == self.call
+        if wound and not self.after:
+            threading.Timer(self.delay, kill).start()
+        responses = super().generate(prompts, sampling)
+        if wound and self.after:
+            threading.Timer(self.delay, kill).start()
+        return responses

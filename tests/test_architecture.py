@@ -35,7 +35,7 @@ PARTS = {
     "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "plugins"}
+VERB_NAMES = {"fit", "curate", "validate", "test", "store", "plugins"}
 
 CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
 

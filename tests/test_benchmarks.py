@@ -48,6 +48,13 @@ def test_a_cache_of_the_real_teacher_loses_what_the_chain_rule_says(tmp_path):
     assert "hidden" in json.dumps(found)
 
 
+def test_a_store_gives_back_what_was_written(tmp_path):
+    found = run(tmp_path, "store.py", "--responses", "600", "--tokens", "4", "--log-probs")
+    assert [row["count"] for row in found["rows"]] == [600] * 6
+    assert found["settings"]["files"] == 5 + 1 + 1, "shards, the manifest and its lock"
+    assert 600 * 36 < found["settings"]["bytes"] * 600 < 600 * 400
+
+
 @pytest.mark.slow
 def test_growth_is_fitted(tmp_path):
     found = run(tmp_path, "scaling.py", "--parts", "step", "--repeats", "1")

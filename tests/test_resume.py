@@ -194,7 +194,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_response
     assert command(start(folder, run, CASES[case] | killer)) == -signal.SIGKILL
     written = responses(folder / run)
     assert len(written) == PROMPTS + HELD_OUT
-    shards = {path: path.stat().st_mtime_ns for path in (folder / run / "responses").glob("*.arrow")}
+    shards = {path: path.stat().st_mtime_ns for path in (folder / run / "responses").rglob("*.arrow")}
     assert command(start(folder, run, CASES[case], "--ckpt_path", "last")) == 0
     assert shards.items() <= {path: path.stat().st_mtime_ns for path in shards}.items()
     assert_same_run(folder / run, left_alone(case))

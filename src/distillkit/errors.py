@@ -1,5 +1,8 @@
 """Exceptions raised on purpose. The command line shows each as one line; anything else keeps its traceback."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class DistillKitError(Exception):
     """Base of every error that distillkit raises on purpose: it says what, where and what to do."""
@@ -23,3 +26,17 @@ class PluginError(DistillKitError):
 
 class StoreError(DistillKitError):
     """A response store is damaged or was written by an incompatible version."""
+
+
+class GenerationError(DistillKitError):
+    """A generator gave up before it had answered every prompt.
+
+    Args:
+        message: What, where and what to do.
+        finished: The `Response`s of those prompts that it had answered, in any order: they are kept, so that a later
+            attempt asks for the others alone.
+    """
+
+    def __init__(self, message: str, finished: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.finished = tuple(finished)

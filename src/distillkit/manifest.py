@@ -29,13 +29,20 @@ def read_manifest(path: Path, schema: int, kind: str) -> dict[str, Any]:
     Raises:
         StoreError: If it is damaged or of another version.
     """
-    if not path.exists():
-        return {}
+    return parse_manifest(path.read_bytes(), str(path), schema, kind) if path.exists() else {}
+
+
+def parse_manifest(data: bytes, place: str, schema: int, kind: str) -> dict[str, Any]:
+    """What the manifest says whose content is `data`; `place` is what errors call it.
+
+    Raises:
+        StoreError: If it is damaged or of another version.
+    """
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(data)
     except ValueError as error:  # not JSON, or not even UTF-8
-        raise StoreError(f"{path} is not valid JSON ({error}): restore it or remove the {kind}.") from error
+        raise StoreError(f"{place} is not valid JSON ({error}): restore it or remove the {kind}.") from error
     found = manifest.get("schema") if isinstance(manifest, dict) else None
     if found != schema:
-        raise StoreError(f"{path} has schema {found}, this version reads {schema}: use another {kind} folder.")
+        raise StoreError(f"{place} has schema {found}, this version reads {schema}: use another {kind} folder.")
     return dict(manifest)

@@ -1,7 +1,6 @@
 """The one LightningModule: curate, score with the student, score with the teacher, compare."""
 
 from functools import cached_property, partial, partialmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +79,7 @@ class DistillModule(LightningModule):
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0
+        self.shard = (0, 1)  # which part of the responses this run writes, of how many
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -113,9 +113,11 @@ class DistillModule(LightningModule):
     @cached_property
     def writers(self) -> Writers:
         """The generators of this run, behind its response store."""
-        trainer, rank = self.trainer, self.trainer.global_rank
-        store = ResponseStore(self.store or Path(trainer.default_root_dir) / "responses", rank)
-        ranks, brought = Ranks(rank, trainer.world_size, trainer.strategy.barrier), self.curator.brings()
+        trainer, (shard, shards) = self.trainer, self.shard
+        part = "" if shards == 1 else f"{shard + 1}of{shards}"
+        store = ResponseStore(self.store or f"{trainer.default_root_dir}/responses", trainer.global_rank, part)
+        ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier, shard, shards)
+        brought = self.curator.brings()
         models = {"student": lambda: self.student, "teacher": lambda: getattr(self.teacher, "model", None)}
         known = getattr(self.teacher, "fingerprint", None)
         return Writers(self.generator, store, models, self.tokenizer, ranks, known, brought)

@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from distillkit.errors import StoreError
+from distillkit.cli.store_rows import stored_rows
+from distillkit.errors import GenerationError, StoreError
 from distillkit.generators import stored as module
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks, StoredGenerator
@@ -32,6 +33,20 @@ class Counting(Generator):
             raise KeyboardInterrupt
         self.asked.append([prompt.id for prompt in prompts])
         return self.inner.generate(prompts, sampling)
+
+
+class GivesUp(Counting):
+    """Gives up on its call number `call`, once, after all but the first of that call's prompts are answered."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def generate(self, prompts, sampling):
+        responses = super().generate(prompts, sampling)
+        if len(self.asked) == self.call:
+            raise GenerationError("The server does not answer.", responses[:0:-1])
+        return responses
 
 
 @dataclass
@@ -116,6 +131,28 @@ def test_resumed_equals_uninterrupted(until, tmp_path, uninterrupted):
     assert broken.asked + resumed.asked == uninterrupted[1]  # in the same batches, and none of them twice
 
 
+def test_what_a_generator_had_finished_when_it_gave_up_is_kept_and_only_the_rest_is_asked_for_again(
+    tmp_path, uninterrupted
+):
+    gives_up = GivesUp(call=2)
+    with pytest.raises(GenerationError, match="does not answer"):
+        stored(tmp_path, gives_up).generate(some_prompts(), SAMPLING)
+    first, second, *others = uninterrupted[1]
+    assert gives_up.asked == [first, second]
+    kept = ResponseStore(tmp_path).read(Provenance("teacher", "w0", SAMPLING, 0))
+    assert sorted(kept) == sorted([*first, second[1]])
+    resumed = Counting()
+    assert stored(tmp_path, resumed).generate(some_prompts(), SAMPLING) == uninterrupted[0]
+    assert resumed.asked == [[second[0]], *others]
+
+
+def test_a_generator_that_gave_up_at_once_leaves_no_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RESPONSES_PER_SHARD", 1)
+    with pytest.raises(GenerationError):
+        stored(tmp_path, GivesUp(call=1)).generate(some_prompts(), SAMPLING)
+    assert ResponseStore(tmp_path).shards() == []
+
+
 @pytest.mark.parametrize(
     ("sampling", "round_number"),
     [(Sampling(temperature=1.0, top_p=0.9, max_new_tokens=5), 0), (SAMPLING, 1)],
@@ -191,11 +228,73 @@ def test_a_rank_that_looks_late_agrees_with_the_others_that_something_is_missing
         written.wait(timeout=0.3)  # for the other's responses, if it does not wait for this rank to look
         return read(key)
 
-    def write_and_tell(key, responses):
-        write(key, responses)
+    def write_and_tell(*args):
+        write(*args)
         written.set()
 
     late.store.read, quick.store.write = read_late, write_and_tell
     assert (
         run_ranks([lambda part=part: part.generate(some_prompts(), SAMPLING) for part in (late, quick)]) == [whole] * 2
     )
+
+
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_shards_write_the_groups_of_one_process_and_what_is_not_theirs_is_empty(shards, tmp_path, uninterrupted):
+    whole, groups = uninterrupted
+    for shard in range(shards):
+        inner = Counting()
+        generator = stored(tmp_path, inner, ranks=Ranks(shard=shard, shards=shards))
+        found = generator.generate(some_prompts(), SAMPLING)
+        assert inner.asked == groups[shard::shards]
+        assert inner.refreshed == (1 if groups[shard::shards] else 0), "no engine is started for nothing"
+        there = {name for part in range(shard + 1) for group in groups[part::shards] for name in group}
+        assert {name for _, name in generator.elsewhere} == {one.id for one in some_prompts()} - there
+        for response, expected in zip(found, whole, strict=True):
+            assert response.prompt_id == expected.prompt_id
+            assert response == expected if response.prompt_id in there else response.token_ids == ()
+    assert stored(tmp_path, Counting()).generate(some_prompts(), SAMPLING) == whole
+    assert generator.generate(some_prompts(), SAMPLING) == whole
+
+
+def test_what_was_elsewhere_is_not_counted_once_it_is_there(tmp_path):
+    first, second = (stored(tmp_path, Counting(), ranks=Ranks(shard=shard, shards=2)) for shard in range(2))
+    first.generate(some_prompts(), SAMPLING)
+    assert len(first.elsewhere) == 3
+    second.generate(some_prompts(), SAMPLING)
+    first.generate(some_prompts(), SAMPLING)
+    assert first.elsewhere == second.elsewhere == set()
+
+
+def test_the_ranks_of_a_shard_divide_its_groups(tmp_path, uninterrupted):
+    barrier, inners = threading.Barrier(2, timeout=10), [Counting(), Counting()]
+    parts = [stored(tmp_path, inners[rank], ranks=Ranks(rank, 2, lambda: barrier.wait(), 1, 2)) for rank in range(2)]
+    run_ranks([lambda part=part: part.generate(some_prompts(), SAMPLING) for part in parts])
+    assert [inner.asked for inner in inners] == [[uninterrupted[1][1]], [uninterrupted[1][3]]]
+
+
+class Overtaken(Counting):
+    """While it writes, another run writes the first response of each group."""
+
+    def __init__(self, store, provenance):
+        super().__init__()
+        self.other, self.provenance = store, provenance
+
+    def generate(self, prompts, sampling):
+        responses = super().generate(prompts, sampling)
+        self.other.write(self.provenance, responses[:1])
+        return responses
+
+
+def test_what_another_run_wrote_meanwhile_is_kept(tmp_path, uninterrupted):
+    inner = Overtaken(ResponseStore(tmp_path), Provenance("teacher", "w0", SAMPLING, 0))
+    assert stored(tmp_path, inner).generate(some_prompts(), SAMPLING) == uninterrupted[0]
+    assert sum(shard["responses"] for shard in ResponseStore(tmp_path).shards()) == len(some_prompts())
+
+
+def test_prompts_and_the_class_of_the_generator_are_stored(tmp_path):
+    messages = ({"role": "user", "content": "Why?"},)
+    stored(tmp_path, Counting()).generate(Prompts((Prompt("p", messages, (2, 3)),)), SAMPLING)
+    store = ResponseStore(tmp_path)
+    assert [shard["generator"] for shard in store.shards()] == ["Counting"]
+    (row,) = stored_rows(store.catalog, list(store.catalog.provenances))
+    assert row["messages"] == list(messages)

@@ -1,6 +1,7 @@
 """The verb `curate`: what `fit` would have written, and scored, before its first step."""
 
 import itertools
+import re
 from collections import Counter
 from typing import Any
 
@@ -28,20 +29,43 @@ def run(arguments: list[str]) -> int:
     return launch(CurateCLI, "curate", full, trainer_class=CurationTrainer, save_config_callback=None)
 
 
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """The number of a shard, from 0, and how many there are, of a text such as `3/8`, where numbers are from 1.
+
+    Raises:
+        ConfigError: If it is nothing of the kind.
+    """
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard must be i/n with 1 ≤ i ≤ n, such as 3/8 for the third of eight, got {text!r}.")
+    return int(found[1]) - 1, int(found[2])
+
+
 class CurationTrainer(Trainer):
     """A trainer that can stop where training would begin."""
 
-    def curate(self, model: DistillModule, datamodule: DistillData, score: bool = False) -> None:
+    def curate(
+        self, model: DistillModule, datamodule: DistillData, score: bool = False, shard: str | None = None
+    ) -> None:
         """Has the responses of the first round written, and those to the held-out prompts.
 
         Args:
             model: Who writes.
             datamodule: The prompts.
             score: Whether the teacher, a `CachedTeacher`, scores them as well.
+            shard: Which part of the responses is written, such as `3/8` for the third of eight; null for all. The
+                others are left to other processes, on any machine.
 
         Raises:
-            ConfigError: If the teacher is to score and keeps no scores.
+            ConfigError: If the teacher is to score and keeps no scores, or with a shard; or if that is no `i/n`.
         """
+        model.shard = parse_shard(shard)
+        if score and shard is not None:
+            raise ConfigError(
+                "--score needs all responses, and --shard writes a part of them: score once all are there."
+            )
         if score and (model.teacher is None or type(model.teacher).prepare is Teacher.prepare):
             found = "none" if model.teacher is None else f"a {type(model.teacher).__name__}"
             raise ConfigError(
@@ -82,6 +106,14 @@ class Curation(Callback):
             f"{store.folder}: {count} responses by the {writer}, {before[writer]} of them were there already"
             for writer, count in sorted(after.items())
         ] or [f"{store.folder}: no responses, they all come with the data"]
+        if pl_module.shard[1] > 1:
+            lacking = {one for generator in generators.values() for one in getattr(generator, "elsewhere", ())}
+            number, shards = pl_module.shard
+            self.report.append(
+                f"shard {number + 1}/{shards} has its share; {len(lacking)} responses of other shards are not here"
+                if lacking
+                else f"shard {number + 1}/{shards} has its share, and so have all others"
+            )
         if self.score:  # as in training: what was written is read, and the rows are handed to the teacher
             rows = pl_module.held_out_rows(held_out) if held_out else []
             rows += pl_module.curate(first) if pl_module.loss.needs_teacher else []

@@ -9,6 +9,7 @@ VERBS = {
     "curate": "write the responses of the first round ahead of training",
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
+    "store": "look into response stores, join and export them",
     "plugins": "list the installed parts",
 }
 
@@ -30,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
             from distillkit.cli import plugins
 
             return plugins.run(rest)
+        if verb == "store":
+            from distillkit.cli import store
+
+            return store.run(rest)
         if verb == "curate":
             from distillkit.cli import curate
 
