@@ -53,8 +53,7 @@ def in_top(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
     Returns:
         `[R, n]` bool.
     """
-    inside: Tensor = (logits > logits.gather(-1, tokens[..., None])).sum(-1) < k
-    return inside
+    return (logits > logits.gather(-1, tokens[..., None])).sum(-1) < k
 
 
 def is_typical(log_probs: Tensor, tokens: Tensor, epsilon: float, delta: float) -> Tensor:
@@ -70,7 +69,7 @@ def is_typical(log_probs: Tensor, tokens: Tensor, epsilon: float, delta: float) 
         `[R, n]` bool.
     """
     probs = log_probs.exp()
-    entropy = torch.special.entr(probs).sum(-1)  # 0·log 0 is 0 in it
+    entropy: Tensor = torch.special.entr(probs).sum(-1)  # 0·log 0 is 0 in it
     threshold = (delta * (-entropy).exp()).clamp_max(epsilon)
     return probs.gather(-1, tokens[..., None]).squeeze(-1) > threshold
 
