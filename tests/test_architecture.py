@@ -25,9 +25,9 @@ PARTS = {
         "CrossEntropy", "DPKD", "DistiLLM2", "ForwardKL", "GeneralizedJSD", "JeffreysKL", "ReverseKL", "SkewKL",
         "SkewReverseKL", "TotalVariation", "WeightedSum",
     },
-    "curator": {"DatasetCurator", "PairedCurator", "StudentCurator", "TeacherCurator"},
+    "curator": {"DatasetCurator", "PairedCurator", "SpeculativeCurator", "StudentCurator", "TeacherCurator"},
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
-    "generator": {"TransformersGenerator"},
+    "generator": {"SpeculativeGenerator", "TransformersGenerator"},
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": set(),
 }  # fmt: skip
@@ -36,7 +36,7 @@ VERB_NAMES = {"fit", "curate", "validate", "test", "plugins"}
 
 CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
 
-METHODS = {"distillm2", "distillm2-as-released", "dpkd", "kd", "rkl", "seqkd", "sft", "skl"}
+METHODS = {"distillm2", "distillm2-as-released", "dpkd", "kd", "rkl", "seqkd", "sft", "skl", "speculative_kd"}
 
 # The page with a row or a paragraph for each part of a kind.
 PAGE_OF_KIND = {

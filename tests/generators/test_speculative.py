@@ -121,7 +121,7 @@ def test_no_prompts_give_no_responses():
 
 @pytest.mark.parametrize("settings", RULES, ids=lambda settings: settings["rule"])
 def test_an_end_of_turn_within_an_accepted_block_is_the_last_token(settings):
-    teacher, _ = teacher_and_student(share=4)
+    teacher, _ = teacher_and_student(share=12)
     ends = set(teacher.generation_config.eos_token_id)
     generator = ready(teacher, teacher, block=12, **settings)
     responses = generator.generate(PROMPTS, WARM)
