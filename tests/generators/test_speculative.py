@@ -52,7 +52,7 @@ def tokens_of(responses):
 # ── greedy: what it must be, token for token ──────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("block", [1, 3, 20])
+@pytest.mark.parametrize("block", [1, 5])
 @pytest.mark.parametrize("make", [lambda: tiny_model(VOCAB), lambda: gemma2(VOCAB)], ids=["llama", "gemma2"])
 def test_greedy_exact_and_typical_text_is_the_teachers(make, block):
     teacher, student = teacher_and_student(make)
@@ -72,14 +72,12 @@ def test_so_small_a_top_p_that_one_token_is_left_is_greedy_too():
     assert generator.acceptance.accepted < generator.acceptance.judged  # where they differ, nothing is shared
 
 
-@pytest.mark.parametrize("block", [1, 3])
-@pytest.mark.parametrize("make", [lambda: tiny_model(VOCAB), lambda: gemma2(VOCAB)], ids=["llama", "gemma2"])
-def test_the_whole_vocabulary_as_top_k_leaves_the_students_text_and_1_the_teachers(make, block):
-    teacher, student = teacher_and_student(make)
+def test_the_whole_vocabulary_as_top_k_leaves_the_students_text_and_1_the_teachers():
+    teacher, student = teacher_and_student(lambda: gemma2(VOCAB))
     student.generation_config = teacher.generation_config
     assert alone(student) != alone(teacher)
     for k, model in ((VOCAB, student), (1, teacher)):
-        generator = ready(student, teacher, rule="top_k", top_k=k, block=block)
+        generator = ready(student, teacher, rule="top_k", top_k=k, block=3)
         assert tokens_of(generator.generate(PROMPTS, GREEDY)) == alone(model)
 
 
