@@ -27,10 +27,10 @@ PARTS = {
     },
     "curator": {
         "BestOfN", "DatasetCurator", "FilteredCurator", "MixedCurator", "PairedCurator", "ReplayCurator",
-        "StudentCurator", "TeacherCurator",
+        "SpeculativeCurator", "StudentCurator", "TeacherCurator",
     },
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
-    "generator": {"TransformersGenerator"},
+    "generator": {"SpeculativeGenerator", "TransformersGenerator"},
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip
@@ -39,7 +39,7 @@ VERB_NAMES = {"fit", "curate", "validate", "test", "store", "plugins"}
 
 CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
 
-METHODS = {"distillm2", "distillm2-as-released", "dpkd", "kd", "rkl", "seqkd", "sft", "skl"}
+METHODS = {"distillm2", "distillm2-as-released", "dpkd", "kd", "rkl", "seqkd", "sft", "skl", "speculative_kd"}
 
 # The page with a row or a paragraph for each part of a kind.
 PAGE_OF_KIND = {

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ import yaml
 from distillkit.cli import configs
 from distillkit.cli.main import main
 from distillkit.generators.in_process import TransformersGenerator
+from distillkit.generators.speculative import SpeculativeGenerator
 from distillkit.types import Prompts, Response, Sampling
 from tiny_runs import save_models, write_prompts
 
@@ -37,12 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = TransformersGenerator.generate
+    def shortened(generate: Any) -> Any:
+        def short(self: Any, prompts: Prompts, sampling: Sampling) -> list[Response]:
+            return generate(self, prompts, replace(sampling, max_new_tokens=4))
 
-    def short(self: TransformersGenerator, prompts: Prompts, sampling: Sampling) -> list[Response]:
-        return generate(self, prompts, replace(sampling, max_new_tokens=4))
+        return short
 
-    monkeypatch.setattr(TransformersGenerator, "generate", short)
+    for kind in (TransformersGenerator, SpeculativeGenerator):
+        monkeypatch.setattr(kind, "generate", shortened(kind.generate))
 
 
 @pytest.fixture(autouse=True)

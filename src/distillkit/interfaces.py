@@ -105,6 +105,10 @@ class Generator(ABC):
         """
         return None
 
+    def figures(self) -> Mapping[str, float]:
+        """What it has counted since `refresh`, to be logged; empty if nothing."""
+        return {}
+
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """One response per prompt, in their order. A response depends on its own seed, not on its neighbours."""

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from distillkit import resume
+from distillkit.curators.brought import writes_with
 from distillkit.curators.single import DatasetCurator, TeacherCurator
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
@@ -18,7 +19,7 @@ from distillkit.evaluation.meter import StepMeter, flatten
 from distillkit.evaluation.validation import Validation
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
-from distillkit.generators.writers import Writers
+from distillkit.generators.writers import Writers, for_either_model
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
 from distillkit.models.scoring import check_head, score, share_vocab, side_by_side
 from distillkit.models.student import Student
@@ -45,7 +46,8 @@ class DistillModule(LightningModule):
         slicing: How the loss is run over positions; None is as `Slicing` has it.
 
     Raises:
-        ConfigError: If the loss or the curator needs a teacher and there is none, or a number is out of range.
+        ConfigError: If the loss or the curator needs a teacher and there is none, the generator can't write for either
+            model, or a number is out of range.
     """
 
     def __init__(
@@ -64,13 +66,13 @@ class DistillModule(LightningModule):
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
-        for part, needy in ((loss, loss.needs_teacher), (self.curator, "teacher" in self.curator.writers)):
+        for part, needy in ((loss, loss.needs_teacher), (self.curator, writes_with(self.curator, "teacher"))):
             if needy and teacher is None:
                 raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
         if not 0 <= warmup < 1:
             raise ConfigError(f"model.warmup must lie in [0, 1), a share of the optimizer steps, got {warmup}.")
         self.loader, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
-        self.generator = generator or TransformersGenerator()
+        self.generator = for_either_model(generator or TransformersGenerator())
         self.optimizer, self.lr_schedule, self.warmup, self.store = optimizer, lr_schedule, warmup, store
         self.student: Any = None  # a transformers model, once `configure_model` has run
         self.held_out, self.meter = HeldOut(), StepMeter()
@@ -173,8 +175,8 @@ class DistillModule(LightningModule):
             part.update(Progress(step, int(self.trainer.estimated_stepping_batches)), self._step)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Logs what the step's loss reported."""
-        self.log_dict(flatten(self._step, "train/"))
+        """Logs what the step's loss reported, and what the generators counted while they wrote the round."""
+        self.log_dict({**flatten(self._step, "train/"), **self.writers.figures("curation/")})
         self._step = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

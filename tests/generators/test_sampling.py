@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from distillkit.generators import sampling as module
-from distillkit.generators.sampling import draw
+from distillkit.generators.sampling import draw, draw_from, processed
 from distillkit.types import Sampling
 
 SETTINGS = [
@@ -116,3 +116,16 @@ def test_a_row_does_not_depend_on_its_neighbours(sampling):
     uniform = torch.tensor([0.1, 0.4, 0.7, 0.97])
     alone = [draw(logits[row : row + 1], sampling, uniform[row : row + 1]) for row in range(4)]
     assert torch.equal(draw(logits, sampling, uniform), torch.cat(alone))
+
+
+@pytest.mark.parametrize("sampling", [*SETTINGS, Sampling(temperature=0.0, top_p=0.3, top_k=2)], ids=str)
+def test_the_processed_distribution_is_what_is_drawn_by(sampling):
+    logits = torch.stack([some_logits(24), some_logits(24, spread=0.5, seed=1)])
+    greedy = sampling.temperature == 0
+    expected = [probabilities(row, Sampling(1.0, 1.0, 1) if greedy else sampling) for row in logits.tolist()]
+    np.testing.assert_allclose(processed(logits, sampling).exp(), expected, atol=1e-6)
+
+
+def test_tokens_are_drawn_from_given_log_probabilities():
+    log_probs = torch.tensor([0.5, 0.0, 0.25, 0.25]).log().expand(8, -1)
+    assert draw_from(log_probs, torch.arange(8) / 8).tolist() == [0, 0, 0, 0, 2, 2, 3, 3]

@@ -21,3 +21,8 @@ def merged_generators(*curators: Curator) -> Mapping[str, Generator]:
                     f"{type(generator).__name__}. Use one of them in both places."
                 )
     return found
+
+
+def writes_with(curator: Curator, model: str) -> bool:
+    """Whether a model of the run, such as `teacher`, writes for a curator, alone or with others."""
+    return model in curator.writers or any(model in (own.models or ()) for own in curator.brings().values())

@@ -28,14 +28,44 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     logits = logits.float() / sampling.temperature
     if sampling.top_p == 1 and sampling.top_k == 0:
         return _invert(logits.softmax(-1), uniform)
+    kept, tokens = _kept(logits, sampling)
+    return tokens.gather(-1, _invert(kept, uniform)[:, None]).squeeze(-1)
+
+
+def processed(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What `draw` draws by: temperature, top-k and top-p applied.
+
+    Args:
+        logits: `[R, V]`.
+        sampling: Temperature, top-p and top-k; the rest is not read.
+
+    Returns:
+        `[R, V]` log-probabilities, float32; -inf for a token that is never drawn. Greedy is 0 for the likeliest token.
+    """
+    empty = logits.new_full(logits.shape, -torch.inf, dtype=torch.float32)
+    if sampling.temperature == 0:
+        return empty.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    logits = logits.float() / sampling.temperature
+    if sampling.top_p == 1 and sampling.top_k == 0:
+        return logits.log_softmax(-1)
+    kept, tokens = _kept(logits, sampling)
+    return empty.scatter_(-1, tokens, (kept / kept.sum(-1, keepdim=True)).log())
+
+
+def draw_from(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """`[R]` token ids, one per row of `[R, V]` log-probabilities, at `[R]` uniform numbers as in `draw`."""
+    return _invert(log_probs.exp(), uniform)
+
+
+def _kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """`[R, K]` probabilities of the likeliest tokens, 0 for those that top-k and top-p exclude, and the tokens."""
     limit = sampling.top_k or logits.shape[-1]
     probs, tokens = _likeliest(logits, sampling.top_p, limit)  # [R, K], descending
     before = probs.cumsum(-1) - probs
     # A token is kept if the mass before it does not reach top_p: the first one always is. Top-k comes first: top-p is
     # a share of what it leaves.
     mass = probs.sum(-1, keepdim=True) if limit < logits.shape[-1] else 1.0
-    kept = probs.masked_fill(before >= sampling.top_p * mass, 0.0)
-    return tokens.gather(-1, _invert(kept, uniform)[:, None]).squeeze(-1)
+    return probs.masked_fill(before >= sampling.top_p * mass, 0.0), tokens
 
 
 def _likeliest(logits: Tensor, top_p: float, limit: int) -> tuple[Tensor, Tensor]:

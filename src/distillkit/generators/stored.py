@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,10 @@ class StoredGenerator(Generator):
     def refresh(self, model: nn.Module, tokenizer: Any) -> None:
         """Hands the weights on."""
         self.inner.refresh(model, tokenizer)
+
+    def figures(self) -> Mapping[str, float]:
+        """Those of the generator that writes: nothing, where all responses were read."""
+        return self.inner.figures()
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """One response per prompt, in their order; every rank asks for the same prompts and gets all responses.

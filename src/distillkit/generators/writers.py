@@ -13,6 +13,20 @@ from distillkit.models.fingerprint import fingerprint
 from distillkit.store import ResponseStore
 
 
+def for_either_model(generator: Generator) -> Generator:
+    """The generator that writes for all of a run's models.
+
+    Raises:
+        ConfigError: If it chooses its models itself: the student's answers would be written by others too.
+    """
+    if generator.models:
+        raise ConfigError(
+            f"model.generator writes for student and teacher, each alone, and a {type(generator).__name__} writes with "
+            f"{' and '.join(generator.models)} together: set it as the generator of a curator."
+        )
+    return generator
+
+
 class Writers:
     """A generator for each writer, all of them behind the response store.
 
@@ -62,6 +76,11 @@ class Writers:
         """A generator with the student's weights as they are, that stores nothing."""
         self._refresh("student")(self.student_now)
         return self.student_now
+
+    def figures(self, prefix: str) -> dict[str, float]:
+        """What this process' generators counted in the last round that they wrote: `writer/figure`, after a prefix."""
+        counted = {name: own.figures() for name, own in self.generators.items()}
+        return {f"{prefix}{name}/{key}": value for name, own in counted.items() for key, value in own.items()}
 
     def _refresh(self, name: str) -> Callable[[Generator], None]:
         def refresh(generator: Generator) -> None:
