@@ -25,9 +25,9 @@ PARTS = {
         "CrossEntropy", "DPKD", "DistiLLM2", "ForwardKL", "GeneralizedJSD", "JeffreysKL", "ReverseKL", "SkewKL",
         "SkewReverseKL", "TotalVariation", "WeightedSum",
     },
-    "curator": {"DatasetCurator", "PairedCurator", "StudentCurator", "TeacherCurator"},
+    "curator": {"DatasetCurator", "PairedCurator", "StrongerCurator", "StudentCurator", "TeacherCurator"},
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
-    "generator": {"TransformersGenerator"},
+    "generator": {"FileGenerator", "LocalGenerator", "ServerGenerator", "TransformersGenerator"},
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": set(),
 }  # fmt: skip

@@ -23,3 +23,7 @@ class PluginError(DistillKitError):
 
 class StoreError(DistillKitError):
     """A response store is damaged or was written by an incompatible version."""
+
+
+class ServerError(DistillKitError):
+    """A server can't be reached, refuses, or does not answer as it should."""

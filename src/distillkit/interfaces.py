@@ -105,6 +105,9 @@ class Generator(ABC):
         """
         return None
 
+    def release(self) -> None:  # noqa: B027 - most generators write with a model that stays
+        """Told that a round is written: frees what only writing needs. `refresh` comes before it writes again."""
+
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """One response per prompt, in their order. A response depends on its own seed, not on its neighbours."""

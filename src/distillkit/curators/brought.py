@@ -6,6 +6,15 @@ from distillkit.errors import ConfigError
 from distillkit.interfaces import Curator, Generator
 
 
+def models_of(curator: Curator) -> frozenset[str]:
+    """The models of the run that a curator's writers write with."""
+    brought, found = curator.brings(), set[str]()
+    for writer in curator.writers:
+        named = brought[writer].models if writer in brought else None
+        found.update((writer,) if named is None else named)
+    return frozenset(found)
+
+
 def merged_generators(*curators: Curator) -> Mapping[str, Generator]:
     """The generators that several curators bring, by the name of the writer.
 

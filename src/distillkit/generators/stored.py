@@ -10,6 +10,7 @@ from torch import nn
 
 from distillkit.errors import StoreError
 from distillkit.generators.progress import token_bar
+from distillkit.generators.unfinished import UnfinishedError
 from distillkit.interfaces import Generator
 from distillkit.store import Provenance, ResponseStore
 from distillkit.types import Prompts, Response, Sampling
@@ -83,7 +84,10 @@ class StoredGenerator(Generator):
                     f"{self.store.folder} lacks responses of round {prompts.round} by {self.writer}, whose weights "
                     "have moved on since: resume from the checkpoint at the start of that round, or begin a new run."
                 )
-            self._write(prompts, sampling, provenance, set(known))
+            try:
+                self._write(prompts, sampling, provenance, set(known))
+            finally:
+                self.inner.release()
             self.ranks.barrier()
             known = self.store.read(provenance)
         return [known[prompt.id] for prompt in prompts]
@@ -92,7 +96,8 @@ class StoredGenerator(Generator):
         self.refresh_inner(self.inner)
         order = sorted(prompts, key=lambda prompt: (len(prompt.input_ids), prompt.id))
         start, num_tokens, num_responses, num_cut = time.perf_counter(), 0, 0, 0
-        size = min(RESPONSES_PER_SHARD, -(-len(order) // self.ranks.world))  # a small round keeps every rank busy too
+        most = getattr(self.inner, "responses_per_shard", RESPONSES_PER_SHARD)
+        size = min(most, -(-len(order) // self.ranks.world))  # a small round keeps every rank busy too
         groups = [order[first : first + size] for first in range(0, len(order), size)][
             self.ranks.rank :: self.ranks.world
         ]
@@ -100,7 +105,7 @@ class StoredGenerator(Generator):
         shown = getattr(self.inner, "progress", True) and self.ranks.rank == 0
         with token_bar(f"{self.writer} writes", sum(map(len, missing)), shown):
             for group in filter(None, missing):
-                responses = self.inner.generate(Prompts(group, prompts.round), sampling)
+                responses = self._group(Prompts(group, prompts.round), sampling, provenance)
                 self.store.write(provenance, responses)
                 num_responses += len(responses)
                 num_tokens += sum(len(response.token_ids) for response in responses)
@@ -112,3 +117,12 @@ class StoredGenerator(Generator):
             self.writer, num_responses, prompts.round, num_tokens, seconds, num_tokens / seconds, num_cut,
             sampling.max_new_tokens, provenance.model,
         )  # fmt: skip
+
+    def _group(self, group: Prompts, sampling: Sampling, provenance: Provenance) -> list[Response]:
+        """The responses of one group; of one that has to stop what was finished is stored first."""
+        try:
+            return self.inner.generate(group, sampling)
+        except UnfinishedError as error:
+            if error.finished:
+                self.store.write(provenance, error.finished)
+            raise

@@ -1,0 +1,491 @@
+import copy
+import logging
+import pickle
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+
+from distillkit.data.chat import encode
+from distillkit.data.records import Record
+from distillkit.errors import ConfigError, ModelError
+from distillkit.generators.server import ServerGenerator
+from distillkit.generators.unfinished import UnfinishedError
+from distillkit.types import Prompts, Response, Sampling
+from loopback import Reply, chat, closed_port, completion, echo, first, serving
+from tiny import END_ID, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=200, seed=5)
+KEY = "sk-a-secret-that-nobody-may-see"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def prompts_of(*questions, chat=True):
+    records = [Record((user(question),), "here") for question in questions]
+    return Prompts(tuple(encode(record, TOKENIZER, (END_ID,), chat=chat) for record in records), 2)
+
+
+def ready(url, **settings):
+    quick = {"model": "strong", "backoff": 0.01, "timeout": 5.0, "retries": 2, "progress": False}
+    generator = ServerGenerator(url, **(quick | settings))
+    generator.refresh(None, TOKENIZER)
+    return generator
+
+
+def as_in_the_data(question, answer, chat=True):
+    """The tokens of an answer that came with its prompt: another way through the code that makes rows."""
+    turns = (user(question), {"role": "assistant", "content": answer})
+    found = encode(Record(turns, "here"), TOKENIZER, (END_ID,), chat=chat)
+    return tuple(i for i, own in zip(found.reference_ids, found.reference_mask, strict=True) if own)
+
+
+HARD = ("Hello", " leading", "trailing \n", "", "Grüße, 世界 🌊 ñ", "two\nlines\n\n", "a<b>&\"'")
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("answer", [text for text in HARD if text])
+@pytest.mark.parametrize("chat_data", [True, False], ids=["chat", "plain"])
+def test_a_text_becomes_the_tokens_that_it_has_where_it_comes_with_the_prompt(answer, chat_data):
+    with serving(lambda _: chat(answer)) as server:
+        found = ready(server.url).generate(prompts_of("Hello there?", chat=chat_data), SAMPLING)
+    assert found[0].token_ids == as_in_the_data("Hello there?", answer, chat_data)
+    assert (found[0].text, found[0].finish) == (answer.strip(), "stop")
+    assert found[0].token_ids[-1] == END_ID
+    assert TOKENIZER.decode(found[0].token_ids[:-1]) == answer
+
+
+@pytest.mark.parametrize("answer", HARD)
+@pytest.mark.parametrize("chat_data", [True, False], ids=["chat", "plain"])
+def test_an_answer_that_was_cut_has_no_end_of_turn(answer, chat_data):
+    with serving(lambda _: chat(answer, "length")) as server:
+        found = ready(server.url).generate(prompts_of("Hello there?", chat=chat_data), SAMPLING)[0]
+    assert found.finish == "length"
+    assert TOKENIZER.decode(found.token_ids) == answer
+    assert END_ID not in found.token_ids
+
+
+def test_answers_are_in_the_prompts_order_whichever_comes_first():
+    questions = [f"Question {number}" for number in range(12)]
+
+    def later_ones_first(request):
+        time.sleep(0.02 * (12 - int(request.question.split()[-1])) / 4)
+        return echo(request)
+
+    with serving(later_ones_first) as server:
+        found = ready(server.url).generate(prompts_of(*questions), SAMPLING)
+    assert [response.text for response in found] == [f"You ask: {question}" for question in questions]
+    assert [response.prompt_id for response in found] == [prompt.id for prompt in prompts_of(*questions)]
+
+
+def test_what_is_longer_in_the_runs_tokens_than_asked_for_is_cut():
+    with serving(lambda _: chat("The sea is wide and it is very deep")) as server:
+        found = ready(server.url).generate(prompts_of("Sea?"), Sampling(max_new_tokens=5))[0]
+    assert found.token_ids == as_in_the_data("Sea?", "The sea is wide and it is very deep")[:5]
+    assert (found.finish, found.text) == ("length", TOKENIZER.decode(found.token_ids))
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected", "said"),
+    [
+        (chat("", "stop"), ((END_ID,), "stop"), "1 ended for stop"),
+        (chat(None, "stop"), ((END_ID,), "stop"), "1 ended for stop"),
+        (chat("", "length"), ((), "length"), "1 ended for length"),
+        (chat("Half of some", "content_filter"), ((), "length"), "1 ended for content_filter"),
+    ],
+    ids=["empty", "null", "nothing before the end", "filtered"],
+)
+def test_an_empty_answer_is_what_it_is_and_is_counted(reply, expected, said, caplog):
+    with serving(lambda request: reply if request.number == 0 else echo(request)) as server:
+        found = ready(server.url, concurrency=1).generate(prompts_of("a", "b"), SAMPLING)
+    assert (found[0].token_ids, found[0].finish, found[0].text) == (*expected, "")
+    assert found[1].text == "You ask: b"
+    assert f"1 of 2 answers of the server are empty: {said}" in caplog.text
+
+
+def test_the_servers_tokens_and_log_probabilities_are_taken_as_they_are():
+    ids = tuple(TOKENIZER("The sea is wide", add_special_tokens=False)["input_ids"]) + (END_ID,)
+    logs = [-0.5] * len(ids)
+
+    def tell(request):
+        assert request.path == "/v1/completions"
+        return completion("The sea is wide", token_ids=list(ids), logprobs={"token_logprobs": logs})
+
+    prompts = prompts_of("Sea?")
+    with serving(tell, owner="vllm") as server:
+        found = ready(server.url, api="completions").generate(prompts, SAMPLING)
+    assert found == [Response(prompts[0].id, ids, "The sea is wide", "stop", tuple(logs))]
+    body = server.asked[0].body
+    assert body["prompt"] == list(prompts[0].input_ids)
+    assert (body["return_token_ids"], body["logprobs"]) == (True, 0)
+
+
+def test_text_serves_where_a_server_of_completions_tells_no_tokens():
+    with serving(lambda _: completion("The sea")) as server:
+        found = ready(server.url, api="completions").generate(prompts_of("Sea?"), SAMPLING)[0]
+    assert found == Response(found.prompt_id, as_in_the_data("Sea?", "The sea"), "The sea", "stop")
+    assert "return_token_ids" not in server.asked[0].body
+
+
+@pytest.mark.parametrize("ids", [[5000], [40, 41, 42]], ids=["none of ours", "other words"])
+def test_tokens_of_another_tokenizer_are_refused(ids):
+    with (
+        serving(lambda _: completion("The sea is wide", token_ids=ids)) as server,
+        pytest.raises((ModelError, UnfinishedError), match=r"tokens that are not those of the run's .*must be chat\."),
+    ):
+        ready(server.url, api="completions").generate(prompts_of("Sea?"), SAMPLING)
+
+
+# ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_sampling_and_a_seed_for_each_prompt_are_sent():
+    prompts = prompts_of("a", "b")
+    with serving() as server:
+        ready(server.url, concurrency=1).generate(prompts, SAMPLING)
+        ready(server.url, concurrency=1).generate(prompts[1:], SAMPLING)
+        ready(server.url).generate(prompts[1:].at_round(3), SAMPLING)
+    bodies = [request.body for request in server.asked]
+    assert bodies[0].keys() == {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}
+    assert {key: bodies[0][key] for key in ("model", "temperature", "top_p", "max_tokens")} == {
+        "model": "strong", "temperature": 0.7, "top_p": 0.9, "max_tokens": 200,
+    }  # fmt: skip
+    assert bodies[0]["messages"] == [{"role": "user", "content": "a"}]
+    seeds = [body["seed"] for body in bodies]
+    assert seeds[1] == seeds[2] == SAMPLING.seed_of(2, prompts[1].id) >> 32
+    assert len(set(seeds)) == 3
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize(("owner", "top_k", "sent"), [("openai", 0, None), ("openai", 20, 20), ("vllm", 0, 0)])
+def test_top_k_is_sent_where_it_is_set_or_the_server_would_take_the_models_own(owner, top_k, sent):
+    with serving(owner=owner) as server:
+        ready(server.url).generate(prompts_of("a"), Sampling(top_k=top_k))
+    body = server.asked[0].body
+    assert body.get("top_k") == sent
+    assert ("repetition_penalty" in body) == (owner == "vllm")
+
+
+def test_extra_keys_are_sent_and_the_name_of_the_length_can_be_another():
+    with serving() as server:
+        generator = ready(server.url, extra={"service_tier": "flex"}, length_key="max_completion_tokens")
+        generator.generate(prompts_of("a"), SAMPLING)
+    body = server.asked[0].body
+    assert (body["service_tier"], body["max_completion_tokens"], "max_tokens" in body) == ("flex", 200, False)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_no_more_requests_than_allowed_are_made_at_once(most):
+    def slowly(request):
+        time.sleep(0.02)
+        return echo(request)
+
+    with serving(slowly) as server:
+        ready(server.url, concurrency=most).generate(prompts_of(*map(str, range(9))), SAMPLING)
+    assert server.most_at_once == most
+
+
+def test_the_identity_holds_what_answers_depend_on_and_not_where_the_server_is():
+    one, moved = ServerGenerator("http://a/v1", "m"), ServerGenerator("https://b:99/v2", "m", timeout=3, concurrency=1)
+    assert one.identity() == moved.identity() == "server:m:chat"
+    others = {ServerGenerator("http://a/v1", "m", **settings).identity() for settings in (
+        {"api": "completions"}, {"extra": {"min_p": 0.1}}, {"extra": {"min_p": 0.2}},
+    )} | {one.identity(), ServerGenerator("http://a/v1", "n").identity()}  # fmt: skip
+    assert len(others) == 5
+
+
+# ── another model ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_server_of_another_model_is_refused_before_it_is_asked():
+    with (
+        serving(served=("weak", "weaker")) as server,
+        pytest.raises(
+            UnfinishedError,
+            match=r"serves weak, weaker, and ServerGenerator.model is strong: name a model that it serves",
+        ),
+    ):
+        ready(server.url).generate(prompts_of("a"), SAMPLING)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("named", ["weak", "strong-mini", "strong-2", "strongest"])
+def test_an_answer_of_another_model_is_refused_and_not_asked_for_again(named):
+    behaviour = first(1, lambda: chat("x", model=named))
+    with serving(behaviour) as server:
+        generator = ready(server.url, model="strong")
+        if named == "strong-2":  # a dated name of the same model
+            assert generator.generate(prompts_of("a"), SAMPLING)[0].text == "x"
+            return
+        with pytest.raises(UnfinishedError, match=rf"with the model {named}, and ServerGenerator.model is strong"):
+            generator.generate(prompts_of("a"), SAMPLING)
+    assert len(server.asked) == 1
+
+
+def test_a_server_without_a_list_of_models_is_taken_by_its_answers():
+    with serving(served=None) as server:
+        assert ready(server.url).generate(prompts_of("a"), SAMPLING)[0].text == "You ask: a"
+    with (
+        serving(lambda _: chat("x", model="weak"), served=None) as server,
+        pytest.raises(UnfinishedError, match="weak"),
+    ):
+        ready(server.url).generate(prompts_of("a"), SAMPLING)
+
+
+# ── failures that pass ────────────────────────────────────────────────────────────────────────────────────────────────
+
+HALF = b'{"model": "strong", "choices": [{"mess'
+PASSING = {
+    "429": lambda: Reply({"error": {"message": "slow down"}}, 429),
+    "500": lambda: Reply(b"oops", 500),
+    "502": lambda: Reply(b"<html>Bad gateway</html>", 502),
+    "503": lambda: Reply(b"", 503),
+    "half a JSON": lambda: Reply(HALF),
+    "half an answer": lambda: Reply(HALF, cut=400),
+    "not UTF-8": lambda: Reply(b'{"a": "\xff\xfe"}'),
+    "no object": lambda: Reply([1, 2]),
+    "no choice": lambda: Reply({"model": "strong", "choices": []}),
+    "an error as an answer": lambda: Reply({"error": {"message": "overloaded"}}),
+    "an end that is none": lambda: chat("x", "abort"),
+    "a reset": lambda: Reply(reset=True),
+    "a hang": lambda: Reply(hang=True),
+    "a drip": lambda: Reply({"model": "strong", "padding": "x" * 400}, drip=0.05),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_may_pass_is_tried_again(name):
+    with serving(first(2, PASSING[name])) as server:
+        found = ready(server.url, concurrency=1, timeout=0.25).generate(prompts_of("a", "b"), SAMPLING)
+    assert [response.text for response in found] == ["You ask: a", "You ask: b"]
+    assert server.questions() == ["a", "a", "a", "b"]
+    assert len({(request.question, request.body["seed"]) for request in server.asked}) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("429", "status 429: slow down"), ("500", "status 500: oops"), ("503", "status 503"),
+        ("half a JSON", "an answer of 38 bytes that is not JSON"), ("a hang", r"no answer within 0.25 s"),
+        ("a drip", r"no answer within 0.25 s"), ("half an answer", "RemoteProtocolError"),
+        ("a reset", r"ReadError \("), ("no choice", "without a choice"), ("an end that is none", "ended for 'abort'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_pass_is_given_up_with_one_line(name, said):
+    with serving(lambda _: PASSING[name]()) as server, pytest.raises(UnfinishedError) as caught:
+        ready(server.url, concurrency=1, timeout=0.25).generate(prompts_of("a", "b"), SAMPLING)
+    line = str(caught.value)
+    assert line.startswith(f"{server.url}/chat/completions: given up after 3 tries in ")
+    assert pytest.RaisesExc(UnfinishedError, match=said).matches(caught.value)
+    assert line.endswith("The 0 of 2 answers that had come are kept: put that right and go on as after a killed run.")
+    assert "\n" not in line
+    assert server.questions() == ["a"] * 3  # and b, which waits behind it, is not asked at all
+
+
+def test_nobody_there_is_given_up_with_one_line():
+    url = f"http://127.0.0.1:{closed_port()}/v1"
+    with pytest.raises(UnfinishedError, match=r"/models: given up after 3 tries in 0 s, .* ConnectError \(.*refused\)"):
+        ready(url).generate(prompts_of("a"), SAMPLING)
+
+
+def test_what_had_come_is_carried_along():
+    refuse = first(2, lambda: Reply(b"", 503), then=echo)
+    with (
+        serving(lambda request: echo(request) if request.number < 2 else refuse(request)) as server,
+    ):
+        server.behaviour = lambda request: Reply(b"", 503) if request.question == "c" else echo(request)
+        with pytest.raises(UnfinishedError, match="The 2 of 4 answers that had come are kept") as caught:
+            ready(server.url, concurrency=1).generate(prompts_of("a", "b", "c", "d"), SAMPLING)
+    assert [response.text for response in caught.value.finished] == ["You ask: a", "You ask: b"]
+    assert server.questions() == ["a", "b", "c", "c", "c"]
+
+
+def test_what_is_under_way_when_another_fails_is_waited_for():
+    def behave(request):
+        if request.question == "bad":
+            return Reply(b"", 400)
+        time.sleep(0.1)
+        return echo(request)
+
+    with serving(behave) as server, pytest.raises(UnfinishedError) as caught:
+        ready(server.url, concurrency=2).generate(prompts_of("slow", "bad", "c", "d"), SAMPLING)
+    assert [response.text for response in caught.value.finished][:1] == ["You ask: slow"]
+    assert len(caught.value.finished) == len(server.asked) - 1 < 3
+
+
+@pytest.mark.parametrize("date", [False, True], ids=["seconds", "date"])
+def test_it_waits_as_long_as_the_server_asks(date):
+    wait = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if date else "0.4"
+    with serving(first(1, lambda: Reply(b"", 429, {"Retry-After": wait}))) as server:
+        start = time.monotonic()
+        found = ready(server.url).generate(prompts_of("a"), SAMPLING)
+    assert found[0].text == "You ask: a"
+    assert 0.4 <= time.monotonic() - start < 3
+
+
+def test_it_does_not_wait_longer_than_allowed():
+    with (
+        serving(lambda _: Reply(b"", 429, {"Retry-After": "3600"})) as server,
+        pytest.raises(UnfinishedError, match=r"given up after 1 try in 0 s, .* status 429, and it asks to wait 3600 s"),
+    ):
+        ready(server.url).generate(prompts_of("a"), SAMPLING)
+    assert len(server.asked) == 1
+
+
+def test_waits_grow_and_differ_and_are_said(caplog):
+    waits = []
+    with serving(lambda _: Reply(b"", 503)) as server:
+        generator = ready(server.url, retries=5, backoff=0.02, max_wait=0.1)
+        with pytest.raises(UnfinishedError):
+            generator.generate(prompts_of("a"), SAMPLING)
+        start = time.monotonic()
+        with pytest.raises(UnfinishedError):
+            generator.generate(prompts_of("a"), SAMPLING)
+        waits.append(time.monotonic() - start)
+    least = sum(min(0.02 * 2**number / 2, 0.1) for number in range(5))
+    assert least <= waits[0] < 5 * least
+    assert len(server.asked) == 12
+    said = [record.message for record in caplog.records if "trying again" in record.message]
+    assert len(said) == 2  # once for each call, not for each of the 10 waits
+    assert said[0].startswith(f"{server.url}/chat/completions: status 503; trying again in 0.0")
+
+
+# ── failures that don't pass, and the key ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_refused_request_is_not_repeated_and_the_server_says_why():
+    message = {"error": {"message": "max_tokens is too large:\n 99999.", "type": "invalid_request_error"}}
+    with (
+        serving(lambda _: Reply(message, 400)) as server,
+        pytest.raises(
+            UnfinishedError, match=r"refuses the request, status 400: max_tokens is too large: 99999\. The 0"
+        ),
+    ):
+        ready(server.url, concurrency=1).generate(prompts_of("a", "b"), SAMPLING)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status", [301, 404, 422])
+def test_other_refusals_are_not_repeated_either(status):
+    reply = Reply({"detail": "no"}, status, {"Location": "http://127.0.0.1:1/elsewhere"})
+    with serving(lambda _: reply) as server, pytest.raises(UnfinishedError, match=rf"status {status}: no\."):
+        ready(server.url).generate(prompts_of("a"), SAMPLING)
+    assert len(server.asked) == 1
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("STRONG_KEY", KEY)
+    return KEY
+
+
+def test_the_key_is_sent_and_is_nowhere_else(key, caplog):
+    caplog.set_level(logging.DEBUG)
+    with serving(first(1, PASSING["429"])) as server:
+        generator = ready(server.url, key_variable="STRONG_KEY")
+        generator.generate(prompts_of("a"), SAMPLING)
+    assert {request.headers["authorization"] for request in server.asked + server.listed} == {f"Bearer {key}"}
+    assert caplog.text  # the HTTP library says what it does
+    for place in (caplog.text, str(vars(generator)), str(vars(copy.deepcopy(generator))), generator.identity()):
+        assert key not in place
+    assert key.encode() not in pickle.dumps(generator)
+
+
+def test_without_a_variable_no_key_is_sent_whatever_the_environment_holds(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving() as server:
+        ready(server.url).generate(prompts_of("a"), SAMPLING)
+    assert all("authorization" not in request.headers for request in server.asked + server.listed)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_one_line_that_names_the_variable_and_no_key(status, key):
+    reply = Reply({"error": {"message": f"Incorrect API key provided: {key}"}}, status)
+    with serving(lambda _: reply) as server, pytest.raises(UnfinishedError) as caught:
+        ready(server.url, key_variable="STRONG_KEY").generate(prompts_of("a"), SAMPLING)
+    assert f"refuses the key in the environment variable STRONG_KEY (status {status}): correct it." in str(caught.value)
+    assert key not in str(caught.value)
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_wants_a_key_says_so_where_none_is_named():
+    with (
+        serving(lambda _: Reply(b"", 401)) as server,
+        pytest.raises(
+            UnfinishedError, match=r"wants a key .*name the environment variable that holds it, key_variable"
+        ),
+    ):
+        ready(server.url).generate(prompts_of("a"), SAMPLING)
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_server_that_repeats_the_key_is_quoted_without_it(status, key, caplog):
+    with (
+        serving(lambda request: Reply(f"bad: {request.headers['authorization']}".encode(), status)) as server,
+        pytest.raises(UnfinishedError, match=rf"status {status}: bad: Bearer \*\*\*\."),
+    ):
+        ready(server.url, key_variable="STRONG_KEY").generate(prompts_of("a"), SAMPLING)
+    assert key not in caplog.text
+
+
+def test_an_answer_that_holds_the_key_is_not_kept(key):
+    with (
+        serving(lambda request: chat(f"You sent {request.headers['authorization']}")) as server,
+        pytest.raises(UnfinishedError, match="the answer holds the key of STRONG_KEY and is not kept") as caught,
+    ):
+        ready(server.url, key_variable="STRONG_KEY").generate(prompts_of("a"), SAMPLING)
+    assert (caught.value.finished, key in str(caught.value)) == ((), False)
+
+
+@pytest.mark.parametrize("value", ["", "  ", "sk-two words", "sk-line\nbreak-in-it", "schlüssel"])
+def test_a_variable_without_a_key_is_an_error_that_shows_no_value(value, monkeypatch):
+    monkeypatch.setenv("STRONG_KEY", value)
+    with pytest.raises(ConfigError, match="The environment variable STRONG_KEY ") as caught:
+        ready("http://127.0.0.1:1/v1", key_variable="STRONG_KEY").generate(prompts_of("a"), SAMPLING)
+    assert not value.strip() or value not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [KEY, "0abc", "abcdef0123", "", "A B", "A=B"])
+def test_what_may_be_a_key_is_refused_as_the_name_of_its_variable_and_not_shown(name):
+    with pytest.raises(ConfigError, match="must be the name of an environment variable in capital letters") as caught:
+        ServerGenerator("http://127.0.0.1:1/v1", "m", key_variable=name)
+    assert not name or f"{name}" not in str(caught.value).replace("OPENAI_API_KEY", "")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"http://me:{KEY}@host/v1", f"http://{KEY}@host/v1", f"http://host/v1?api_key={KEY}", f"http://host/v1#{KEY}"],
+)
+def test_a_url_with_a_secret_is_refused_and_not_shown(url):
+    with pytest.raises(ConfigError, match="must hold neither user, password, query nor fragment") as caught:
+        ServerGenerator(url, "m")
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://host/v1", "http://", "http://host:port/v1"])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ConfigError, match=r"ServerGenerator\.url (must begin with http:// or https://|is no URL)"):
+        ServerGenerator(url, "m")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"api": "responses"}, "api must be chat or completions, got 'responses'"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
+        ({"retries": -1}, "retries must be at least 0, got -1"),
+        ({"backoff": -0.5}, "backoff must be at least 0, got -0.5"),
+        ({"timeout": 0}, "timeout must be above 0 s, got 0"),
+        ({"max_wait": 0}, "max_wait must be above 0 s, got 0"),
+        ({"extra": {"seed": 1, "temperature": 2}}, "extra can't set seed, temperature: the model and the sampling do"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=rf"ServerGenerator\.{said}"):
+        ServerGenerator("http://127.0.0.1:1/v1", "m", **settings)
