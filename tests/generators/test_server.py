@@ -110,7 +110,7 @@ def test_an_empty_answer_is_what_it_is_and_is_counted(reply, expected, said, cap
 
 
 def test_the_servers_tokens_and_log_probabilities_are_taken_as_they_are():
-    ids = tuple(TOKENIZER("The sea is wide", add_special_tokens=False)["input_ids"]) + (END_ID,)
+    ids = (*TOKENIZER("The sea is wide", add_special_tokens=False)["input_ids"], END_ID)
     logs = [-0.5] * len(ids)
 
     def tell(request):
@@ -295,13 +295,11 @@ def test_nobody_there_is_given_up_with_one_line():
 
 
 def test_what_had_come_is_carried_along():
-    refuse = first(2, lambda: Reply(b"", 503), then=echo)
     with (
-        serving(lambda request: echo(request) if request.number < 2 else refuse(request)) as server,
+        serving(lambda request: Reply(b"", 503) if request.question == "c" else echo(request)) as server,
+        pytest.raises(UnfinishedError, match="The 2 of 4 answers that had come are kept") as caught,
     ):
-        server.behaviour = lambda request: Reply(b"", 503) if request.question == "c" else echo(request)
-        with pytest.raises(UnfinishedError, match="The 2 of 4 answers that had come are kept") as caught:
-            ready(server.url, concurrency=1).generate(prompts_of("a", "b", "c", "d"), SAMPLING)
+        ready(server.url, concurrency=1).generate(prompts_of("a", "b", "c", "d"), SAMPLING)
     assert [response.text for response in caught.value.finished] == ["You ask: a", "You ask: b"]
     assert server.questions() == ["a", "b", "c", "c", "c"]
 
@@ -315,8 +313,8 @@ def test_what_is_under_way_when_another_fails_is_waited_for():
 
     with serving(behave) as server, pytest.raises(UnfinishedError) as caught:
         ready(server.url, concurrency=2).generate(prompts_of("slow", "bad", "c", "d"), SAMPLING)
-    assert [response.text for response in caught.value.finished][:1] == ["You ask: slow"]
-    assert len(caught.value.finished) == len(server.asked) - 1 < 3
+    assert [response.text for response in caught.value.finished] == ["You ask: slow"]
+    assert sorted(server.questions()) == ["bad", "slow"]
 
 
 @pytest.mark.parametrize("date", [False, True], ids=["seconds", "date"])
