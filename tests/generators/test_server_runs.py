@@ -12,10 +12,10 @@ import pytest
 from distillkit.cli.main import main
 from distillkit.store import ResponseStore
 from loopback import Reply, chat, echo, serving
+from served import KEY
 from tiny_runs import QUIET, save_models, write_config, write_prompts
 
 PROMPTS = 6
-KEY = "sk-a-secret-that-nobody-may-see"
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
 
