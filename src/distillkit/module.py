@@ -47,7 +47,8 @@ class DistillModule(LightningModule):
         slicing: How the loss is run over positions; None is as `Slicing` has it.
 
     Raises:
-        ConfigError: If the loss or the curator needs a teacher and there is none, or a number is out of range.
+        ConfigError: If the loss or the curator needs a teacher and there is none, the generator has a model of its own,
+            or a number is out of range.
     """
 
     def __init__(
@@ -73,6 +74,11 @@ class DistillModule(LightningModule):
             raise ConfigError(f"model.warmup must lie in [0, 1), a share of the optimizer steps, got {warmup}.")
         self.loader, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
         self.generator = generator or TransformersGenerator()
+        if self.generator.models is not None:
+            raise ConfigError(
+                f"model.generator writes with the run's own models, and {type(self.generator).__name__} brings others: "
+                "give it to a curator."
+            )
         self.optimizer, self.lr_schedule, self.warmup, self.store = optimizer, lr_schedule, warmup, store
         self.student: Any = None  # a transformers model, once `configure_model` has run
         self.held_out, self.meter = HeldOut(), StepMeter()

@@ -43,14 +43,14 @@ def write(models: tuple[str, str], tmp_path: Path) -> Callable[..., str]:
     """Writes the configuration of a run of three steps whose responses a generator of its own writes."""
     train = write_prompts(tmp_path / "train.jsonl", PROMPTS)
 
-    def config(generator: dict[str, Any], curator: str = "StrongerCurator", **model: Any) -> str:
+    def config(own: dict[str, Any], curator: str = "StrongerCurator", **model: Any) -> str:
         settings = {
             "trainer": QUIET | {
                 "default_root_dir": str(tmp_path / "run"), "max_epochs": 1, "callbacks": [part("RunCheckpoint")],
             },
             "model": {
                 "student": {"source": models[1], "lora": {"r": 2}}, "loss": part("CrossEntropy"),
-                "curator": part(curator, generator=generator, sampling={"max_new_tokens": 24}),
+                "curator": part(curator, generator=own, sampling={"max_new_tokens": 24}),
             } | model,
             "data": {"train": train, "batch_size": 2},
         }  # fmt: skip
@@ -124,6 +124,14 @@ def test_a_server_can_be_the_teacher_of_a_run_that_has_none_in_this_process(
         assert main(["fit", "--config", write(server(teacher.url), "TeacherCurator")]) == 0
     assert {shard["writer"] for shard in ResponseStore(tmp_path / "run" / "responses").shards()} == {"teacher"}
     assert len(teacher.asked) == PROMPTS
+
+
+def test_a_server_can_not_write_for_the_runs_own_models(
+    write: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = server("http://127.0.0.1:1/v1")
+    assert main(["curate", "--config", write(own, generator=own)]) == 1
+    assert "model.generator writes with the run's own models, and ServerGenerator brings others" in last_line(capfd)
 
 
 @pytest.mark.parametrize("kind", ["FileGenerator", "LocalGenerator"])
