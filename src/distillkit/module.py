@@ -74,7 +74,7 @@ class DistillModule(LightningModule):
             raise ConfigError(f"model.warmup must lie in [0, 1), a share of the optimizer steps, got {warmup}.")
         self.loader, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
         self.generator = generator or TransformersGenerator()
-        if self.generator.models is not None:
+        if self.generator.models == ():
             raise ConfigError(
                 f"model.generator writes with the run's own models, and {type(self.generator).__name__} brings others: "
                 "give it to a curator."
