@@ -27,10 +27,12 @@ PARTS = {
     },
     "curator": {
         "BestOfN", "DatasetCurator", "FilteredCurator", "MixedCurator", "PairedCurator", "ReplayCurator",
-        "SpeculativeCurator", "StudentCurator", "TeacherCurator",
+        "SpeculativeCurator", "StrongerCurator", "StudentCurator", "TeacherCurator",
     },
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
-    "generator": {"SpeculativeGenerator", "TransformersGenerator"},
+    "generator": {
+        "FileGenerator", "LocalGenerator", "ServerGenerator", "SpeculativeGenerator", "TransformersGenerator",
+    },
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip

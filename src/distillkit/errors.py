@@ -40,3 +40,7 @@ class GenerationError(DistillKitError):
     def __init__(self, message: str, finished: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.finished = tuple(finished)
+
+
+class ServerError(DistillKitError):
+    """A server can't be reached, refuses, or does not answer as it should."""

@@ -89,6 +89,9 @@ class Generator(ABC):
     """The run's models that it writes with, such as `student` and `teacher`; `()` for none, where it has its own; None
     for the one that its writer is named after."""
 
+    responses_per_shard: int | None = None
+    """Responses that are asked for and stored at once; None leaves it to the store."""
+
     @abstractmethod
     def refresh(self, model: nn.Module, tokenizer: Any) -> None:
         """Takes the weights that `model` has now. Called before it writes, in each round anew.
@@ -108,6 +111,9 @@ class Generator(ABC):
     def figures(self) -> Mapping[str, float]:
         """What it has counted since `refresh`, to be logged; empty if nothing."""
         return {}
+
+    def release(self) -> None:  # noqa: B027 - most generators write with a model that stays
+        """Told that a round is written: frees what only writing needs. `refresh` comes before it writes again."""
 
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from distillkit import resume
-from distillkit.curators.brought import writes_with
+from distillkit.curators.brought import models_of
 from distillkit.curators.single import DatasetCurator, TeacherCurator
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
@@ -66,7 +66,7 @@ class DistillModule(LightningModule):
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
-        for part, needy in ((loss, loss.needs_teacher), (self.curator, writes_with(self.curator, "teacher"))):
+        for part, needy in ((loss, loss.needs_teacher), (self.curator, "teacher" in models_of(self.curator))):
             if needy and teacher is None:
                 raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
         if not 0 <= warmup < 1:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distillkit.data.chat import EncodeReport, encode, encode_all, require_chat_template
+from distillkit.data.chat import EncodeReport, encode, encode_all, encode_response, require_chat_template
 from distillkit.data.records import Record
 from distillkit.errors import ConfigError, DataError, ModelError
 
@@ -342,3 +342,50 @@ def test_responses_without_an_end_of_turn_are_counted():
     _, report = encode_all([record("a", "b"), record("c")], tok, ids(tok, "<end_of_turn>"), True, None, 60, "error")
 
     assert report == EncodeReport(kept=2, duplicates=0, overlong=0, unended=1)
+
+
+@pytest.mark.parametrize("answer", ["four", " four", "\n\nIt is four.\n", "a <b> 4 ü"])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (TRIMMED, "<|im_end|>"), (LLAMA_2, "</s>"), (THINKING, "<|im_end|>"), (None, "</s>")],
+    ids=["chatml", "trimmed", "llama 2", "thinking", "plain"],
+)
+def test_a_later_answer_has_the_tokens_of_one_that_came_with_its_prompt(template, end, answer):
+    tok, chat = tokenizer(template), template is not None
+    ends = ids(tok, end)
+    later = template not in (None, THINKING)  # these can't hold a conversation with two answers to learn from
+    for turns in (["What is two?"], ["What is two?", "4", "And now?"])[: 1 + later]:
+        prompt = encode(record(*turns), tok, ends, chat)
+        whole = encode(record(*turns, answer), tok, ends, chat)
+        assert whole.input_ids == prompt.input_ids
+
+        found = encode_response(prompt, answer, True, tok, ends)
+        cut = encode_response(prompt, answer, False, tok, ends)
+
+        assert (*prompt.input_ids, *found) == whole.reference_ids
+        assert found == (*cut, *ends)
+
+
+def test_plain_text_is_answered_in_plain_text_whatever_the_tokenizer_has():
+    tok = tokenizer(CHATML)
+    prompt = encode(record("What is two?"), tok, ids(tok, "</s>"), chat=False)
+
+    assert tok.decode(encode_response(prompt, " four", True, tok, ids(tok, "</s>"))) == " four</s>"
+
+
+def test_earlier_turns_that_a_template_rewrites_do_not_matter_for_a_later_answer():
+    tok = tokenizer(FORGETFUL)
+    turns = ("a", "b", "c", "d", "e")
+    with pytest.raises(DataError, match="writes assistant turn 2 differently"):
+        encode(record(*turns, "f"), tok, ids(tok, "<|im_end|>"), chat=True)
+    prompt = encode(record(*turns), tok, ids(tok, "<|im_end|>"), chat=True)
+
+    assert tok.decode(encode_response(prompt, "f", True, tok, ids(tok, "<|im_end|>"))) == "f<|im_end|>"
+
+
+def test_an_answer_that_the_template_would_write_differently_is_refused():
+    tok = tokenizer(OPEN_THOUGHT)
+    prompt = encode(record("What is two?"), tok, ids(tok, "<|im_end|>"), chat=True)
+
+    with pytest.raises(DataError, match=rf"The response to prompt {prompt.id}: the chat template .* assistant turn 1"):
+        encode_response(prompt, "four", True, tok, ids(tok, "<|im_end|>"))

@@ -298,3 +298,51 @@ def test_prompts_and_the_class_of_the_generator_are_stored(tmp_path):
     assert [shard["generator"] for shard in store.shards()] == ["Counting"]
     (row,) = stored_rows(store.catalog, list(store.catalog.provenances))
     assert row["messages"] == list(messages)
+
+
+class Tiring(Counting):
+    """Answers `until` prompts in all, then has to stop part of the way of a group."""
+
+    def __init__(self, until):
+        super().__init__()
+        self.left, self.released = until, 0
+
+    def release(self):
+        self.released += 1
+
+    def generate(self, prompts, sampling):
+        done = prompts[: self.left]
+        self.left -= len(done)
+        self.asked.append([prompt.id for prompt in done])
+        found = self.inner.generate(done, sampling) if done else []
+        if len(done) < len(prompts):
+            raise GenerationError("It is tired.", found)
+        return found
+
+
+@pytest.mark.parametrize("until", [0, 1, 2, 5])
+def test_of_a_group_that_was_stopped_part_of_the_way_nothing_is_lost_or_written_twice(until, tmp_path, uninterrupted):
+    tired = Tiring(until)
+    with pytest.raises(GenerationError, match="It is tired"):
+        stored(tmp_path, tired).generate(some_prompts(), SAMPLING)
+    assert sum(shard["responses"] for shard in ResponseStore(tmp_path).shards()) == until
+    resumed = Counting()
+    assert stored(tmp_path, resumed).generate(some_prompts(), SAMPLING) == uninterrupted[0]
+    names = [name for group in tired.asked + resumed.asked for name in group]
+    assert sorted(names) == sorted(prompt.id for prompt in some_prompts())
+    assert tired.released == 1
+
+
+def test_the_inner_generator_is_told_when_a_round_is_written(tmp_path):
+    inner = Tiring(until=100)
+    generator = stored(tmp_path, inner)
+    for _ in range(2):
+        generator.generate(some_prompts(), SAMPLING)
+        assert (inner.refreshed, inner.released) == (1, 1)  # the second time nothing is written
+
+
+def test_a_generator_may_get_more_prompts_at_once(tmp_path):
+    inner = Counting()
+    inner.responses_per_shard = 5
+    stored(tmp_path, inner).generate(some_prompts(), SAMPLING)
+    assert [len(group) for group in inner.asked] == [5, 2]

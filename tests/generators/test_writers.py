@@ -75,3 +75,21 @@ def test_a_generator_of_the_curator_gets_the_models_that_it_names_and_both_are_i
 def test_a_brought_generator_that_needs_a_model_which_no_run_has_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="writes with a model of the run, and the run has no stronger"):
         writers(tmp_path, lambda: None, brought={"stronger": TransformersGenerator()})
+
+
+class Alone(Pair):
+    """Writes with a model of its own."""
+
+    models = ()
+
+
+def test_responses_of_a_generator_without_the_runs_models_are_those_of_one_tokenizer(tmp_path):
+    named = []
+    for tokenizer in (TOKENIZER, tiny_tokenizer(), tiny_tokenizer(330)):
+        store = ResponseStore(tmp_path / str(len(named)))
+        models = {"student": lambda: None}
+        own = Writers(TransformersGenerator(), store, models, tokenizer, Ranks(), brought={"both": Alone()})
+        own.generators["both"].generate(PROMPTS, SHORT)
+        named += [shard["model"] for shard in store.shards()]
+    assert named[0] == named[1] != named[2]
+    assert all(name.startswith("tokenizer:") and name.endswith("+pair:2") for name in named)

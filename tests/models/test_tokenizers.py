@@ -3,7 +3,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ModelError
-from distillkit.models.tokenizers import eos_ids, load_tokenizer, require_same
+from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same
 from tiny import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -83,3 +83,12 @@ def test_no_end_id_at_all_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="has an end token"):
         eos_ids(tokenizer, tiny_model(eos_token_id=None))
+
+
+def test_a_fingerprint_names_the_vocabulary_and_the_chat_template(tmp_path):
+    loaded, other = load_tokenizer(str(save_tiny(tmp_path))), tiny_tokenizer()
+    assert fingerprint(loaded) == fingerprint(tiny_tokenizer())
+    other.chat_template = "{{ messages }}"
+    word = next(token for token in tiny_tokenizer().get_vocab() if token.isalpha() and len(token) == 1)
+    found = {fingerprint(one) for one in (loaded, other, tiny_tokenizer(330), renamed(tiny_tokenizer(), word, "ZZZ"))}
+    assert len(found) == 4

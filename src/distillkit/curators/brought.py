@@ -6,6 +6,15 @@ from distillkit.errors import ConfigError
 from distillkit.interfaces import Curator, Generator
 
 
+def models_of(curator: Curator) -> frozenset[str]:
+    """The models of the run that a curator's writers write with."""
+    brought, found = curator.brings(), set[str]()
+    for writer in curator.writers:
+        named = brought[writer].models if writer in brought else None
+        found.update((writer,) if named is None else named)
+    return frozenset(found)
+
+
 def merged_generators(*curators: Curator) -> Mapping[str, Generator]:
     """The generators that several curators bring, by the name of the writer.
 
@@ -21,8 +30,3 @@ def merged_generators(*curators: Curator) -> Mapping[str, Generator]:
                     f"{type(generator).__name__}. Use one of them in both places."
                 )
     return found
-
-
-def writes_with(curator: Curator, model: str) -> bool:
-    """Whether a model of the run, such as `teacher`, writes for a curator, alone or with others."""
-    return model in curator.writers or any(model in (own.models or ()) for own in curator.brings().values())

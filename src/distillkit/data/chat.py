@@ -143,10 +143,46 @@ def encode(record: Record, tokenizer: Any, eos_ids: Ids, chat: bool, system: str
     answered = messages[-1]["role"] == "assistant"
     prompt = messages[:-1] if answered else messages
     encoded = (_encode_chat if chat else _encode_plain)(messages, tokenizer, eos_ids, record.origin)
-    return Prompt(_prompt_id(prompt), prompt, *encoded, reference=messages[-1]["content"] if answered else None)
+    return Prompt(prompt_id(prompt), prompt, *encoded, reference=messages[-1]["content"] if answered else None)
 
 
-def _prompt_id(messages: Sequence[Message]) -> str:
+def encode_response(prompt: Prompt, text: str, ended: bool, tokenizer: Any, eos_ids: Ids) -> Ids:
+    """The tokens that follow the prompt's where `text` answers it: as if it had come with the prompt.
+
+    Args:
+        prompt: The prompt, from `encode` with the same tokenizer.
+        text: What was answered.
+        ended: Whether the turn ended there: an end of turn is then part of the tokens.
+        tokenizer: A transformers tokenizer.
+        eos_ids: Token ids that end a turn. The first one is written after a plain-text response.
+
+    Raises:
+        DataError: If the chat template writes the answer differently from what a model would continue the prompt with.
+    """
+    origin = f"The response to prompt {prompt.id}"
+    before, turn = prompt.messages[0]["content"], text
+    is_chat = bool(getattr(tokenizer, "chat_template", None)) and _is_rendered(prompt, tokenizer, origin)
+    if is_chat:
+        ends = [_decode(tokenizer, [token]) for token in eos_ids]
+        answered = (*prompt.messages, {"role": "assistant", "content": text})
+        until, start, end = _turn(answered, len(prompt.messages), tokenizer, ends, origin)
+        before, turn = until[:start], until[start:end]
+        if not ended:
+            turn = next((turn.removesuffix(close) for close in ends if close and turn.endswith(close)), turn)
+    ids: Ids = ()
+    if turn:
+        joined, bounds = _tokenise_cut(before + turn, [len(before), len(before) + len(turn)], tokenizer, origin)
+        ids = joined[bounds[0] :]
+    return (*ids, eos_ids[0]) if ended and not is_chat else ids
+
+
+def _is_rendered(prompt: Prompt, tokenizer: Any, origin: str) -> bool:
+    """Whether the prompt's tokens are those of its messages in the chat template, and not of plain text."""
+    rendered = _tokenise(tokenizer, [_render(prompt.messages, tokenizer, True, origin)])[0]
+    return rendered == prompt.input_ids or _decode(tokenizer, rendered) == _decode(tokenizer, prompt.input_ids)
+
+
+def prompt_id(messages: Sequence[Message]) -> str:
     """First 16 hex digits of the SHA-256 of the messages' canonical JSON."""
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     text = json.dumps(turns, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -221,17 +257,32 @@ def _spans(messages: Sequence[Message], tokenizer: Any, eos_ids: Ids, origin: st
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[:index], tokenizer, True, origin)
-        until = _render(messages[: index + 1], tokenizer, False, origin)
-        end = len(before) + _end_of_turn(until[len(before) :], message["content"], ends)
-        if not until.startswith(before) or not full.startswith(until[:end]) or end == len(before):
-            raise DataError(
-                f"{origin}: the chat template of {tokenizer.name_or_path} writes assistant turn {len(cuts) // 2 + 1} "
-                "differently from what a model would continue its prompt with, so that it can't be trained on: "
-                "choose a template that only appends, or cut the conversation to one answer or to its prompt."
-            )
-        cuts += [len(before), end]
+        until, start, end = _turn(messages, index, tokenizer, ends, origin)
+        if not full.startswith(until[:end]):
+            raise _rewritten(messages, index, tokenizer, origin)
+        cuts += [start, end]
     return full[: cuts[-1]], cuts
+
+
+def _turn(
+    messages: Sequence[Message], index: int, tokenizer: Any, ends: Sequence[str], origin: str
+) -> tuple[str, int, int]:
+    """The conversation rendered up to the assistant's turn `index`, and where that turn starts and ends in it."""
+    before = _render(messages[:index], tokenizer, True, origin)
+    until = _render(messages[: index + 1], tokenizer, False, origin)
+    end = len(before) + _end_of_turn(until[len(before) :], messages[index]["content"], ends)
+    if not until.startswith(before) or end == len(before):
+        raise _rewritten(messages, index, tokenizer, origin)
+    return until, len(before), end
+
+
+def _rewritten(messages: Sequence[Message], index: int, tokenizer: Any, origin: str) -> DataError:
+    number = sum(message["role"] == "assistant" for message in messages[: index + 1])
+    return DataError(
+        f"{origin}: the chat template of {tokenizer.name_or_path} writes assistant turn {number} differently from what "
+        "a model would continue its prompt with, so that it can't be trained on: choose a template that only appends, "
+        "or cut the conversation to one answer or to its prompt."
+    )
 
 
 def _end_of_turn(turn: str, content: str, ends: Sequence[str]) -> int:

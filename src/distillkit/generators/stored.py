@@ -97,7 +97,10 @@ class StoredGenerator(Generator):
                     f"{self.store.folder} lacks responses of round {prompts.round} by {self.writer}, whose weights "
                     "have moved on since: resume from the checkpoint at the start of that round, or begin a new run."
                 )
-            self._write(prompts, provenance, missing)
+            try:
+                self._write(prompts, provenance, missing)
+            finally:
+                self.inner.release()
             self.ranks.barrier()
             known = self.store.read(provenance)
         if self.ranks.shards == 1:
@@ -131,7 +134,8 @@ class StoredGenerator(Generator):
     def _groups(self, prompts: Prompts) -> list[list[Prompt]]:
         """The groups that this process writes."""
         order = sorted(prompts, key=lambda prompt: (len(prompt.input_ids), prompt.id))
-        size = min(RESPONSES_PER_SHARD, -(-len(order) // self.ranks.world))  # a small round keeps every rank busy too
+        most = self.inner.responses_per_shard or RESPONSES_PER_SHARD
+        size = min(most, -(-len(order) // self.ranks.world))  # a small round keeps every rank busy too
         groups = [order[first : first + size] for first in range(0, len(order), size)]
         return groups[self.ranks.shard :: self.ranks.shards][self.ranks.rank :: self.ranks.world]
 

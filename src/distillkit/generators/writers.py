@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from distillkit.errors import ConfigError
 from distillkit.generators.stored import Ranks, StoredGenerator
 from distillkit.interfaces import Generator
+from distillkit.models import tokenizers
 from distillkit.models.fingerprint import fingerprint
 from distillkit.store import ResponseStore
 
@@ -19,10 +21,11 @@ def for_either_model(generator: Generator) -> Generator:
     Raises:
         ConfigError: If it chooses its models itself: the student's answers would be written by others too.
     """
-    if generator.models:
+    if generator.models is not None:
+        others = f"{' and '.join(generator.models)} together" if generator.models else "a model of its own"
         raise ConfigError(
             f"model.generator writes for student and teacher, each alone, and a {type(generator).__name__} writes with "
-            f"{' and '.join(generator.models)} together: set it as the generator of a curator."
+            f"{others}: set it as the generator of a curator."
         )
     return generator
 
@@ -107,7 +110,13 @@ class Writers:
     def _named(self, generator: Generator, name: str, student: Callable[[], str]) -> str:
         models = (name,) if generator.models is None else generator.models
         parts = [student() if own == "student" else self._fixed() for own in models]
+        if not models:  # no weights of the run say which tokens its responses are made of
+            parts = [self._tokens]
         return "+".join([*parts, *filter(None, [generator.identity()])])
+
+    @cached_property
+    def _tokens(self) -> str:
+        return f"tokenizer:{tokenizers.fingerprint(self.tokenizer)}"
 
     def _student(self) -> str:
         return fingerprint(self._model("student"))

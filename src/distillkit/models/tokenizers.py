@@ -1,5 +1,7 @@
 """Loading tokenizers, and what two models must share of them."""
 
+import hashlib
+import json
 from typing import Any
 
 from torch import nn
@@ -59,6 +61,12 @@ def require_same(student_tok: Any, teacher_tok: Any, student_name: str, teacher_
         f"student and {theirs} for the teacher. Choose models of one tokenizer, or train this pair with a "
         "cross-tokenizer loss, which needs a plugin."
     )
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A short name for what makes tokens of a conversation: the vocabulary and the chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def eos_ids(tokenizer: Any, model: nn.Module | str | None) -> tuple[int, ...]:
