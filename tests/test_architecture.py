@@ -27,7 +27,7 @@ PARTS = {
     },
     "curator": {"DatasetCurator", "PairedCurator", "StudentCurator", "TeacherCurator"},
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
-    "generator": {"TransformersGenerator"},
+    "generator": {"TransformersGenerator", "VLLMGenerator"},
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": set(),
 }  # fmt: skip

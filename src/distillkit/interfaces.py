@@ -105,6 +105,13 @@ class Generator(ABC):
         """
         return None
 
+    def check(self, sampling: Sampling) -> None:  # noqa: B027 - most generators draw in every way
+        """Refuses a sampling that it can't draw with; asked before any model is loaded.
+
+        Raises:
+            ConfigError: If it can't.
+        """
+
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """One response per prompt, in their order. A response depends on its own seed, not on its neighbours."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from distillkit import resume
-from distillkit.curators.single import DatasetCurator, TeacherCurator
+from distillkit.curators.single import DatasetCurator, TeacherCurator, sampled_by_the_run
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
 from distillkit.evaluation.heldout import HeldOut
@@ -46,7 +46,8 @@ class DistillModule(LightningModule):
         slicing: How the loss is run over positions; None is as `Slicing` has it.
 
     Raises:
-        ConfigError: If the loss or the curator needs a teacher and there is none, or a number is out of range.
+        ConfigError: If the loss or the curator needs a teacher and there is none, a number is out of range, or the
+            generator can't draw as it would be asked to.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class DistillModule(LightningModule):
         self.held_out, self.meter = HeldOut(), StepMeter()
         self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
         self.answers, self.history = self.validation.sampling, self.validation.history
+        for sampling in (self.answers, *sampled_by_the_run(self.curator)):
+            self.generator.check(sampling)
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0

@@ -46,7 +46,9 @@ class Writers:
         self.models, self.tokenizer, self.store = models, tokenizer, store
         self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
         self._teacher, self._known = "", teacher_fingerprint
-        templates = {name: copy.deepcopy(generator) for name in models} | dict(brought or {})
+        copies = {name: copy.deepcopy(generator) for name in models}
+        self.student_now = copies["student"]  # its weights are set before each use: one engine for both is enough
+        templates = copies | dict(brought or {})
         for name, own in templates.items():
             if own.models is None and name not in models:
                 raise ConfigError(f"{type(own).__name__} writes with a model of the run, and the run has no {name}.")
@@ -56,7 +58,6 @@ class Writers:
             )
             for name, inner in templates.items()
         }
-        self.student_now = copy.deepcopy(generator)
 
     def refreshed_student(self) -> Generator:
         """A generator with the student's weights as they are, that stores nothing."""
