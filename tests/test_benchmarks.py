@@ -52,3 +52,13 @@ def test_a_cache_of_the_real_teacher_loses_what_the_chain_rule_says(tmp_path):
 def test_growth_is_fitted(tmp_path):
     found = run(tmp_path, "scaling.py", "--parts", "step", "--repeats", "1")
     assert "step" in json.dumps(found)
+
+
+@pytest.mark.slow
+def test_all_sides_write_the_same_tokens(tmp_path):
+    sizes = ["--prompts", "6", "--tokens", "6", "--layers", "4", "--repeats", "1", "--threads", "1"]
+    found = run(tmp_path, "generation.py", *sizes, "--dtypes", "float32")["rows"]
+    assert {(row["side"], row["sampling"]) for row in found} >= {
+        (side, sampling) for side in ("plain", "transformers") for sampling in ("greedy", "sampled")
+    }
+    assert all(row["agreement"] >= 0.95 for row in found if row["sampling"] == "greedy")

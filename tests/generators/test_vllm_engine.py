@@ -12,7 +12,7 @@ from distillkit.data.records import Source
 from distillkit.errors import ConfigError, ModelError
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.vllm import Drafts, VLLMGenerator
-from distillkit.models.student import Lora, Student
+from distillkit.models.student import Student
 from distillkit.models.tokenizers import eos_ids
 from distillkit.types import Prompts, Sampling
 from pages import ROOT

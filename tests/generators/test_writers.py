@@ -73,7 +73,5 @@ def test_a_generator_of_the_curator_gets_the_models_that_it_names_and_both_are_i
 
 
 def test_a_brought_generator_that_needs_a_model_which_no_run_has_is_refused(tmp_path):
-    with pytest.raises(
-        ConfigError, match="writes with a model of the run, and the run has no stronger"
-    ):
+    with pytest.raises(ConfigError, match="writes with a model of the run, and the run has no stronger"):
         writers(tmp_path, lambda: None, brought={"stronger": TransformersGenerator()})

@@ -20,6 +20,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     into its place, and only rows that change places are moved.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None

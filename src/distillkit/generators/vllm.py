@@ -197,7 +197,8 @@ class VLLMGenerator(Generator):
         kv_cache = 1.0 if self.kv_cache is None and cpu else self.kv_cache
         options: dict[str, Any] = {
             "dtype": self.dtype or dtype, "max_num_seqs": self.batch_size, "max_model_len": self.max_model_len,
-            "gpu_memory_utilization": self.gpu_memory_utilization, "enforce_eager": cpu if self.eager is None else self.eager,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enforce_eager": cpu if self.eager is None else self.eager,
             "kv_cache_memory_bytes": None if kv_cache is None else int(kv_cache * 2**30),
             # Nothing of the model's own generation_config, and log-probabilities before temperature and top-p.
             "generation_config": "vllm", "logprobs_mode": "raw_logprobs",

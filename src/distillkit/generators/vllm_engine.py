@@ -81,13 +81,13 @@ def start(folder: str, options: Mapping[str, Any], name: str) -> Any:
 def _undisturbed() -> Iterator[None]:
     """Random states and torch's threads as they were: vLLM seeds everything, and on the CPU replaces a function."""
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that vLLM seeds
+    states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_state(states[1])
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
 
@@ -139,7 +139,10 @@ def update(llm: Any, model: nn.Module, vocab: int) -> None:
         model: A transformers causal language model without adapters.
         vocab: As in `save`.
     """
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+    if (
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        and llm.llm_engine.vllm_config.parallel_config.world_size == 1
+    ):
         with _undisturbed():
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_tensors(model, vocab)})
     else:  # tensors don't cross to the worker processes
