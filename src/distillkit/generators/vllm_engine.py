@@ -100,14 +100,14 @@ def save(model: nn.Module, vocab: int, folder: Path) -> None:
         vocab: Tokens of the tokenizer; at most the model's own.
         folder: Where to.
     """
-    base = base_model(model)
     with quiet():
-        base.save_pretrained(folder, state_dict=_cut(model, vocab))
+        base_model(model).save_pretrained(folder, state_dict=_tensors(model, vocab))
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and "vocab_size" in part:
-            part["vocab_size"] = vocab
+    changed = {"vocab_size": vocab} | ({"tie_word_embeddings": False} if on_cpu() else {})
+    for part in (config, config.get("text_config") or {}):
+        part |= {name: value for name, value in changed.items() if name in part}
+    config |= {} if "tie_word_embeddings" in config or not on_cpu() else {"tie_word_embeddings": False}
     file.write_text(json.dumps(config, indent=2))
 
 
@@ -115,19 +115,27 @@ def checkpoint_tensors(model: nn.Module, vocab: int) -> list[tuple[str, Tensor]]
     """The tensors that `save` would write, by the names that it would give them."""
     from transformers.core_model_loading import revert_weight_conversion  # here, for a fast start
 
-    return list(revert_weight_conversion(base_model(model), _cut(model, vocab)).items())
+    return list(revert_weight_conversion(base_model(model), _tensors(model, vocab)).items())
 
 
-def _cut(model: nn.Module, vocab: int) -> dict[str, Tensor]:
-    """The state dict with embeddings of `vocab` tokens; of tied weights the first name."""
+def _tensors(model: nn.Module, vocab: int) -> dict[str, Tensor]:
+    """The state dict with embeddings of `vocab` tokens; of tied weights the first name.
+
+    On the CPU an output embedding that is tied gets a tensor of its own: vLLM packs it at the start, and would not pack
+    it anew when the embedding that it is tied to is loaded again.
+    """
     base = base_model(model)
-    embeddings = {id(own.weight) for own in (base.get_input_embeddings(), base.get_output_embeddings())}
+    head = base.get_output_embeddings()
+    embeddings = {id(own.weight) for own in (base.get_input_embeddings(), head)}
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, tensor in base.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:  # with keep_vars tied weights are one object
             seen.add(id(tensor))
             found[name] = tensor.detach()[:vocab] if id(tensor) in embeddings else tensor.detach()
+    name = next(f"{name}.weight" for name, module in base.named_modules() if module is head)
+    if name not in found and on_cpu():
+        found[name] = head.weight.detach()[:vocab].clone()
     return found
 
 
