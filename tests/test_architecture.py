@@ -32,6 +32,7 @@ PARTS = {
     "schedule": {"AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"},
     "generator": {
         "FileGenerator", "LocalGenerator", "ServerGenerator", "SpeculativeGenerator", "TransformersGenerator",
+        "VLLMGenerator",
     },
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},

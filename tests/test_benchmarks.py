@@ -59,3 +59,13 @@ def test_a_store_gives_back_what_was_written(tmp_path):
 def test_growth_is_fitted(tmp_path):
     found = run(tmp_path, "scaling.py", "--parts", "step", "--repeats", "1")
     assert "step" in json.dumps(found)
+
+
+@pytest.mark.slow
+def test_all_sides_write_the_same_tokens(tmp_path):
+    sizes = ["--prompts", "6", "--tokens", "6", "--layers", "4", "--repeats", "1", "--threads", "1"]
+    found = run(tmp_path, "generation.py", *sizes, "--dtypes", "float32")["rows"]
+    assert {(row["side"], row["sampling"]) for row in found} >= {
+        (side, sampling) for side in ("plain", "transformers") for sampling in ("greedy", "sampled")
+    }
+    assert all(row["agreement"] >= 0.95 for row in found if row["sampling"] == "greedy")

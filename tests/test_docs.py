@@ -70,6 +70,7 @@ BENCHMARKS = {
     "python benchmarks/layouts.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/store.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/teacher_cache.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+    "python benchmarks/generation.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
 }
 NOT_RUN_HERE |= BENCHMARKS
 

@@ -115,6 +115,13 @@ class Generator(ABC):
     def release(self) -> None:  # noqa: B027 - most generators write with a model that stays
         """Told that a round is written: frees what only writing needs. `refresh` comes before it writes again."""
 
+    def check(self, sampling: Sampling) -> None:  # noqa: B027 - most generators draw in every way
+        """Refuses a sampling that it can't draw with; asked before any model is loaded.
+
+        Raises:
+            ConfigError: If it can't.
+        """
+
     @abstractmethod
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """One response per prompt, in their order. A response depends on its own seed, not on its neighbours."""

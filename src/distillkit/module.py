@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from distillkit import resume
-from distillkit.curators.brought import models_of
+from distillkit.curators.requirements import check_parts
 from distillkit.curators.single import DatasetCurator, TeacherCurator
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
@@ -19,7 +19,7 @@ from distillkit.evaluation.meter import StepMeter, flatten
 from distillkit.evaluation.validation import Validation
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
-from distillkit.generators.writers import Writers, for_either_model
+from distillkit.generators.writers import Writers
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
 from distillkit.models.scoring import check_head, score, share_vocab, side_by_side
 from distillkit.models.student import Student
@@ -47,7 +47,7 @@ class DistillModule(LightningModule):
 
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, the generator can't write for either
-            model, or a number is out of range.
+            model or draw as it would be asked to, or a number is out of range.
     """
 
     def __init__(
@@ -66,18 +66,16 @@ class DistillModule(LightningModule):
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
-        for part, needy in ((loss, loss.needs_teacher), (self.curator, "teacher" in models_of(self.curator))):
-            if needy and teacher is None:
-                raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
         if not 0 <= warmup < 1:
             raise ConfigError(f"model.warmup must lie in [0, 1), a share of the optimizer steps, got {warmup}.")
         self.loader, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
-        self.generator = for_either_model(generator or TransformersGenerator())
+        self.generator = generator or TransformersGenerator()
         self.optimizer, self.lr_schedule, self.warmup, self.store = optimizer, lr_schedule, warmup, store
         self.student: Any = None  # a transformers model, once `configure_model` has run
         self.held_out, self.meter = HeldOut(), StepMeter()
         self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
         self.answers, self.history = self.validation.sampling, self.validation.history
+        check_parts(loss, teacher, self.curator, self.generator, self.answers)
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0

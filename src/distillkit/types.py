@@ -117,14 +117,14 @@ class Response:
         text: The decoded response without special tokens.
         finish: `stop` if the model ended its turn, `length` if `max_new_tokens` cut it.
         log_probs: What its writer says of each token, by its logits as they are (temperature 1, the whole vocabulary);
-            empty if it doesn't tell.
+            empty if it doesn't tell. Two responses are equal without them: in another batch they are rounded otherwise.
     """
 
     prompt_id: str
     token_ids: tuple[int, ...]
     text: str
     finish: Literal["stop", "length"]
-    log_probs: tuple[float, ...] = ()
+    log_probs: tuple[float, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

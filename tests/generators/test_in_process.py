@@ -80,6 +80,18 @@ def test_a_response_depends_on_neither_batch_size_nor_neighbours(batch_size):
     assert ready(model, batch_size=batch_size).generate(backwards, WARM) == alone[::-1]
 
 
+def test_log_probabilities_are_the_models_own_whatever_the_sampling():
+    model = ending_often(tiny_model(VOCAB + 30), share=12)
+    prompts, sampling = some_prompts(), Sampling(temperature=0.6, top_p=0.8, top_k=20, max_new_tokens=12)
+    for prompt, response in zip(prompts, ready(model, batch_size=3).generate(prompts, sampling), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt.input_ids, *response.token_ids]])).logits[0, :, :VOCAB].double()
+        said = logits.log_softmax(-1)[len(prompt.input_ids) - 1 : -1]
+        expected = said.gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1)
+        assert len(response.log_probs) == len(response.token_ids)
+        torch.testing.assert_close(torch.tensor(response.log_probs).double(), expected, rtol=0, atol=1e-5)
+
+
 def test_the_seed_and_the_round_change_what_is_drawn():
     generator = ready(tiny_model(VOCAB))
     first = tokens_of(generator.generate(some_prompts(), WARM))

@@ -5,12 +5,15 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
+from distillkit.curators.requirements import check_parts
+from distillkit.curators.single import DatasetCurator
 from distillkit.errors import ConfigError, ModelError
 from distillkit.generators.acceptance import Acceptance, Exact, TopK, Typical
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.speculative import SpeculativeGenerator
 from distillkit.generators.stored import Ranks
-from distillkit.generators.writers import Writers, for_either_model
+from distillkit.generators.writers import Writers
+from distillkit.losses import CrossEntropy
 from distillkit.models.fingerprint import fingerprint
 from distillkit.store import ResponseStore
 from distillkit.types import Prompts, Sampling
@@ -318,4 +321,4 @@ def test_it_can_not_be_the_generator_of_a_whole_run():
     with pytest.raises(
         ConfigError, match="a SpeculativeGenerator writes with student and teacher together: set it as the"
     ):
-        for_either_model(SpeculativeGenerator())
+        check_parts(CrossEntropy(), None, DatasetCurator(), SpeculativeGenerator(), Sampling())

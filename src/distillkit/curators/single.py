@@ -46,6 +46,9 @@ class SampledCurator(Curator):
         sampling: How responses are drawn.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
         generator: Writes the responses; None is the run's own generator.
+
+    Raises:
+        ConfigError: If `rounds` is none of these, or `generator` can't draw as `sampling` says.
     """
 
     writer: ClassVar[str]
@@ -54,6 +57,8 @@ class SampledCurator(Curator):
         super().__init__()
         self.sampling, self.generator = sampling, generator
         self._rounds = parse_rounds(type(self).__name__, rounds)
+        if generator is not None:
+            generator.check(sampling)
 
     @property
     def rounds(self) -> str | int:
@@ -131,3 +136,9 @@ class StudentCurator(SampledCurator):
         self, sampling: Sampling | None = None, rounds: Rounds = "epoch", generator: Generator | None = None
     ) -> None:
         super().__init__(sampling or Sampling(), rounds, generator)
+
+
+def sampled_by_the_run(curator: Curator) -> list[Sampling]:
+    """How the curators within `curator` have the run's own generator draw."""
+    parts = [part for part in curator.modules() if isinstance(part, SampledCurator)]
+    return [part.sampling for part in parts if part.generator is None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distillkit.errors import ConfigError
 from distillkit.generators.progress import token_bar
-from distillkit.generators.sampling import draw
+from distillkit.generators.sampling import draw, log_probs_of
 from distillkit.hardware import native
 from distillkit.interfaces import Generator
 from distillkit.models.scoring import base_model, evaluating, output_head
@@ -23,7 +23,8 @@ from distillkit.types import Prompt, Prompts, Response, Sampling
 class TransformersGenerator(Generator):
     """Continues prompts with the model in this process: left padding, KV cache, batches of prompts of similar length.
 
-    A row that has ended leaves its batch. Each response is drawn with a seed of its own.
+    A row that has ended leaves its batch. Each response is drawn with a seed of its own, and comes with what the model
+    says of its tokens.
 
     Args:
         batch_size: Prompts continued at once.
@@ -37,7 +38,7 @@ class TransformersGenerator(Generator):
 
     def __init__(
         self,
-        batch_size: int = 32,
+        batch_size: int = 64,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         progress: bool = True,
     ) -> None:
@@ -74,52 +75,70 @@ class TransformersGenerator(Generator):
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
                 seeds = [sampling.seed_of(prompts.round, prompts[place].id) for place in places]
-                for place, tokens in zip(
-                    places, self._continue([prompts[place].input_ids for place in places], seeds, sampling), strict=True
-                ):
-                    found[place] = self._response(prompts[place], tokens)
+                written = self._continue([prompts[place].input_ids for place in places], seeds, sampling)
+                for place, (tokens, log_probs) in zip(places, written, strict=True):
+                    found[place] = self._response(prompts[place], tokens, log_probs)
                 advance(len(places), sum(len(found[place].token_ids) for place in places))
         return [found[place] for place in range(len(prompts))]
 
-    def _response(self, prompt: Prompt, tokens: list[int]) -> Response:
+    def _response(self, prompt: Prompt, tokens: list[int], log_probs: list[float]) -> Response:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return Response(prompt.id, tuple(tokens), text, "stop" if tokens[-1] in self._eos else "length")
+        finish: Literal["stop", "length"] = "stop" if tokens[-1] in self._eos else "length"
+        return Response(prompt.id, tuple(tokens), text, finish, tuple(log_probs))
 
     @torch.no_grad()
-    def _continue(self, ids: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
-        """The tokens written after each of `ids`, end of turn included."""
-        from transformers import DynamicCache  # a second to import: only where a model has been loaded anyway
+    def _continue(
+        self, ids: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[tuple[list[int], list[float]]]:
+        """The tokens written after each of `ids`, end of turn included, and the log-probability of each."""
+        from distillkit.generators.kv_cache import roomy_cache  # imports transformers, which takes a second
 
         base = base_model(self._model)
         body, head, device = base.get_decoder(), output_head(self._model, len(self._tokenizer)), base.device
-        uniform = _uniform(seeds, sampling.max_new_tokens).to(device)  # [R, max_new_tokens]
+        uniform = _uniform(seeds, sampling).to(device)  # [R, max_new_tokens]
         step_ids, mask = _left_padded(ids, device)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
         eos = torch.tensor(self._eos, device=device)
-        cache = DynamicCache(config=base.config)
-        rows = torch.arange(len(ids), device=device)
-        written: list[list[int]] = [[] for _ in ids]
+        cache, rows = roomy_cache(base.config), torch.arange(len(ids), device=device)
+        written = torch.zeros(len(ids), sampling.max_new_tokens, dtype=torch.long, device=device)
+        log_probs = torch.zeros(len(ids), sampling.max_new_tokens, device=device)
+        lengths = torch.full((len(ids),), sampling.max_new_tokens, device=device)
         for step in range(sampling.max_new_tokens):
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -step_ids.shape[1] :]
             hidden = body(
                 input_ids=step_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]  # [R, D]; a strided [R, 1, D] makes the head's product copy its weight R times
-            tokens = draw(head(hidden), sampling, uniform[rows, step])
-            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-                written[row].append(token)
+            logits = head(hidden).float()
+            tokens = draw(logits, sampling, uniform[rows, step])
+            written[rows, step], log_probs[rows, step] = tokens, log_probs_of(logits, tokens)
             alive = ~torch.isin(tokens, eos)
-            if not bool(alive.any()):
-                break
-            if not bool(alive.all()):
-                kept = alive.nonzero().squeeze(-1)
+            kept = _closed_up(alive)
+            if len(kept) < len(rows):
+                lengths[rows[~alive]] = step + 1
+                if len(kept) == 0:
+                    break
                 cache.batch_select_indices(kept)
-                rows, mask, tokens = rows[kept], mask[kept], tokens[kept]
-            step_ids = tokens[:, None]
+                rows, mask, tokens, positions = rows[kept], mask[kept], tokens[kept], positions[kept]
+            step_ids, positions = tokens[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)  # [R, T + 1]
-        return written
+        return [
+            (own[:length], said[:length])
+            for own, said, length in zip(written.tolist(), log_probs.tolist(), lengths.tolist(), strict=True)
+        ]
 
 
-def _uniform(seeds: Sequence[int], length: int) -> Tensor:
-    """`[R, length]` uniform numbers, each row from its own seed."""
+def _closed_up(alive: Tensor) -> Tensor:
+    """The places of the rows that are alive, the last ones in those of the rows that are not: few have to move."""
+    kept = alive.nonzero().squeeze(-1)
+    order = torch.arange(len(kept), device=alive.device)
+    order[~alive[: len(kept)]] = kept[kept >= len(kept)]
+    return order
+
+
+def _uniform(seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    """`[R, max_new_tokens]` uniform numbers, each row from its own seed; greedy tokens need none."""
+    length = sampling.max_new_tokens
+    if sampling.temperature == 0:
+        return torch.zeros(len(seeds), length)
     return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

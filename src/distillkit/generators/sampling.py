@@ -68,6 +68,19 @@ def _kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return probs.masked_fill(before >= sampling.top_p * mass, 0.0), tokens
 
 
+def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability, at temperature 1 and over the whole vocabulary, of one token per row.
+
+    Args:
+        logits: `[R, V]` float32.
+        tokens: `[R]` token ids.
+
+    Returns:
+        `[R]` nats, at most 0.
+    """
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
 def _likeliest(logits: Tensor, top_p: float, limit: int) -> tuple[Tensor, Tensor]:
     """Probabilities of the likeliest tokens, descending, and the tokens: `limit` of them, or enough for `top_p`."""
     vocab = logits.shape[-1]

@@ -15,21 +15,6 @@ from distillkit.models.fingerprint import fingerprint
 from distillkit.store import ResponseStore
 
 
-def for_either_model(generator: Generator) -> Generator:
-    """The generator that writes for all of a run's models.
-
-    Raises:
-        ConfigError: If it chooses its models itself: the student's answers would be written by others too.
-    """
-    if generator.models is not None:
-        others = f"{' and '.join(generator.models)} together" if generator.models else "a model of its own"
-        raise ConfigError(
-            f"model.generator writes for student and teacher, each alone, and a {type(generator).__name__} writes with "
-            f"{others}: set it as the generator of a curator."
-        )
-    return generator
-
-
 class Writers:
     """A generator for each writer, all of them behind the response store.
 
@@ -63,7 +48,9 @@ class Writers:
         self.models, self.tokenizer, self.store = models, tokenizer, store
         self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
         self._teacher, self._known = "", teacher_fingerprint
-        templates = {name: copy.deepcopy(generator) for name in models} | dict(brought or {})
+        copies = {name: copy.deepcopy(generator) for name in models}
+        self.student_now = copies["student"]  # its weights are set before each use: one engine for both is enough
+        templates = copies | dict(brought or {})
         for name, own in templates.items():
             if own.models is None and name not in models:
                 raise ConfigError(f"{type(own).__name__} writes with a model of the run, and the run has no {name}.")
@@ -73,7 +60,6 @@ class Writers:
             )
             for name, inner in templates.items()
         }
-        self.student_now = copy.deepcopy(generator)
 
     def refreshed_student(self) -> Generator:
         """A generator with the student's weights as they are, that stores nothing."""
