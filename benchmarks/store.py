@@ -13,6 +13,7 @@ are the system's and given back when it needs them. Times are of a page cache th
 """
 
 import argparse
+import sys
 import tempfile
 import threading
 import time
@@ -46,14 +47,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each")
     parser.add_argument("--group", type=int, default=128, help="responses of a shard; a run's are 128")
     parser.add_argument("--log-probs", action="store_true", help="with log-probabilities")
-    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="which phases; `write` is first")
-    parser.add_argument("--folder", help="where the store is made and left; a temporary folder is removed")
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="which phases")
+    parser.add_argument(
+        "--folder", help="where the store is made and left, or is already; a temporary folder is removed"
+    )
     add_output_options(parser, "store.json")
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in ("responses", "tokens", "group", "log_probs")}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or f"{temporary}/store"
-        rows = [run_child(__file__, {"phase": phase, "folder": folder, **settings}) for phase in options.phases]
+        rows = []
+        for phase in options.phases:
+            rows.append(run_child(__file__, {"phase": phase, "folder": folder, **settings}))
+            print(" | ".join(cells(rows[-1])), file=sys.stderr)
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
     facts = {"bytes": size / options.responses, "raw_bytes": raw_bytes(options), "files": len(files)}
@@ -62,7 +68,7 @@ def main() -> None:
         f"{options.responses} responses of {options.tokens} tokens in {len(files)} files: {facts['bytes']:.0f} bytes "
         f"each on disk, {facts['raw_bytes']:.0f} of them id, tokens, log-probabilities and text.\n"
     )
-    header = ("phase", "responses", "seconds", "µs each", "memory MiB", "bytes each")
+    header = ("phase", "responses", "seconds", "CPU s", "CPU µs each", "memory MiB", "bytes each")
     print(table(header, [cells(row) for row in rows], options.markdown))
 
 
@@ -74,10 +80,10 @@ def measured(job: Job) -> Job:
     named = job["phase"] in ("look up", "read all", "hold all")
     names = [name_of(number) for number in range(job["responses"])] if named else []
     with PrivateMemory() as memory:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         count = run(job, store, names)
-        seconds = time.perf_counter() - start
-    return {"phase": job["phase"], "count": count, "seconds": seconds, "memory": memory.peak}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"phase": job["phase"], "count": count, "seconds": seconds, "cpu": cpu, "memory": memory.peak}
 
 
 def run(job: Job, store: ResponseStore | None, names: list[str]) -> int:
@@ -174,7 +180,8 @@ def cells(row: Job) -> list[str]:
     """A row of the table."""
     count = row["count"]
     return [
-        row["phase"], f"{count}", f"{row['seconds']:.2f}", f"{1e6 * row['seconds'] / count:.1f}",
+        row["phase"], f"{count}", f"{row['seconds']:.2f}", f"{row['cpu']:.2f}",
+        f"{1e6 * row['cpu'] / count:.1f}",
         f"{row['memory'] / 2**20:.1f}", f"{row['memory'] / count:.0f}",
     ]  # fmt: skip
 

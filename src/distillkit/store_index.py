@@ -166,9 +166,10 @@ class Catalog:
         """Where the answers of one provenance are, or the prompts."""
         index, done = self._indexes.get(key, (Index(), 0))
         numbers = self.of_key(key)[done:]
-        if numbers:
+        for start in range(0, len(numbers), SHARDS_PER_MANIFEST):  # sorting all at once would take four times the room
+            part = numbers[start : start + SHARDS_PER_MANIFEST]
             # Copies: views would keep the maps of all these files.
-            index.add([(number, self.open(self.shards[number]).hashes.copy()) for number in numbers])
+            index.add([(number, self.open(self.shards[number]).hashes.copy()) for number in part])
         self._indexes[key] = (index, done + len(numbers))
         return index
 
