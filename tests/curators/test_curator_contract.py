@@ -10,6 +10,7 @@ from distillkit.curators.replay import ReplayCurator
 from distillkit.curators.single import DatasetCurator, StudentCurator, TeacherCurator
 from distillkit.schedules import Linear
 from distillkit.testing import CuratorContract, check_curator
+from distillkit.testing.curators import SeededGenerator
 from distillkit.verifiers.length import TargetLength
 
 # How to make a curator whose constructor asks for something.
@@ -18,6 +19,7 @@ ARGUMENTS = {
     "FilteredCurator": lambda: {"curator": StudentCurator()},
     "MixedCurator": lambda: {"parts": [StudentCurator(), DatasetCurator()], "shares": [0.4, 0.6]},
     "ReplayCurator": lambda: {"curator": StudentCurator(), "capacity": 15},
+    "StrongerCurator": lambda: {"generator": SeededGenerator("stronger")},
 }
 INSTALLED = registry.available("curator")
 

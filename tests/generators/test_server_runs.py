@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distillkit.cli.store_rows import stored_rows
 from distillkit.cli.main import main
 from distillkit.store import ResponseStore
 from loopback import Reply, chat, echo, serving
@@ -67,9 +68,11 @@ def server(url: str, **settings: Any) -> dict[str, Any]:
 def stored(folder: Path) -> dict[str, str]:
     """The texts in a run's store, by their prompts; each is there once."""
     store = ResponseStore(folder / "responses")
-    found = [item for shard in store.shards() for item in store._read_shard(shard["file"]).items()]
+    found = [
+        (row["prompt_id"], row["text"]) for row in stored_rows(store.catalog, list(store.catalog.provenances))
+    ]
     assert len(dict(found)) == len(found) == sum(shard["responses"] for shard in store.shards())
-    return {name: response.text for name, response in found}
+    return dict(found)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -131,7 +134,7 @@ def test_a_server_can_not_write_for_the_runs_own_models(
 ) -> None:
     own = server("http://127.0.0.1:1/v1")
     assert main(["curate", "--config", write(own, generator=own)]) == 1
-    assert "model.generator writes with the run's own models, and ServerGenerator brings others" in last_line(capfd)
+    assert "a ServerGenerator writes with a model of its own: set it as the generator of a curator" in last_line(capfd)
 
 
 @pytest.mark.parametrize("kind", ["FileGenerator", "LocalGenerator"])
