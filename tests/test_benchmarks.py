@@ -48,6 +48,7 @@ def test_a_cache_of_the_real_teacher_loses_what_the_chain_rule_says(tmp_path):
     assert "hidden" in json.dumps(found)
 
 
+@pytest.mark.slow
 def test_a_store_gives_back_what_was_written(tmp_path):
     found = run(tmp_path, "store.py", "--responses", "600", "--tokens", "4", "--log-probs")
     assert [row["count"] for row in found["rows"]] == [600] * 6
