@@ -129,6 +129,12 @@ def test_drafts_are_taken_at_temperature_0_and_a_temperature_without_drafts():
 
 
 @pytest.mark.usefixtures("as_if_installed")
+def test_a_temperature_that_vllm_does_not_know_is_refused():
+    with pytest.raises(ConfigError, match=r"temperatures up to 2, got Sampling\.temperature = 2\.5"):
+        StudentCurator(Sampling(temperature=2.5), generator=VLLMGenerator())
+
+
+@pytest.mark.usefixtures("as_if_installed")
 def test_a_model_of_its_own_is_named_by_its_weights_not_by_its_folder(tmp_path):
     one, same, other = (save_tiny(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     names = [VLLMGenerator(source=str(folder)).identity() for folder in (one, same, other)]

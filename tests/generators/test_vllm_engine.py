@@ -85,8 +85,7 @@ def whole(tokenizer):
     # What a model's own settings must not do to what is drawn.
     model.generation_config.update(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=3.0)
     generator = engine_of(model, tokenizer)
-    yield model, generator
-    generator.close()
+    return model, generator
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +96,7 @@ def small(tokenizer):
     period = tokenizer.encode(".", add_special_tokens=False)[0]
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, period]
     generator = engine_of(model, tokenizer)
-    yield model, generator
-    generator.close()
+    return model, generator
 
 
 def test_greedy_responses_and_log_probabilities_are_those_of_transformers(whole, tokenizer):
@@ -162,7 +160,7 @@ def test_every_end_of_turn_ends_a_response_and_no_other_token_is_written_than_th
     model, generator = small
     prompts = some_prompts(tokenizer, model)
     ends = set(eos_ids(tokenizer, model))
-    hot = Sampling(temperature=5.0, top_p=1.0, max_new_tokens=16)
+    hot = Sampling(temperature=2.0, top_p=1.0, max_new_tokens=16)
     for response in generator.generate(prompts, hot):
         assert max(response.token_ids) < len(tokenizer)
     found, expected = generator.generate(prompts, GREEDY), in_process(model, tokenizer).generate(prompts, GREEDY)
@@ -192,6 +190,18 @@ def test_an_adapter_is_merged_and_leaves_the_model_as_it_is(small, tokenizer):
         model.unload()
 
 
+def test_a_model_of_its_own_writes_without_a_model_of_the_run(tokenizer):
+    generator = VLLMGenerator(source=SOURCE, **SETTINGS)
+    with pytest.raises(ModelError, match="have different tokenizers"):
+        generator.refresh(torch.nn.ModuleDict(), tiny_tokenizer())
+    generator.refresh(torch.nn.ModuleDict(), tokenizer)
+    model = Student(SOURCE).load().eval()
+    prompts = some_prompts(tokenizer, model, 4)
+    found = generator.generate(prompts, GREEDY)
+    assert agreement(found, in_process(model, tokenizer).generate(prompts, GREEDY), model, prompts) >= 0.95
+
+
+# N-grams last: vLLM 0.32 starts no engine on the CPU once their numba is in the process.
 @pytest.mark.parametrize("kind", ["student", "n-grams"])
 def test_drafts_leave_greedy_responses_as_they_are(kind, whole, tokenizer, tmp_path, caplog):
     model, generator = whole
@@ -205,19 +215,6 @@ def test_drafts_leave_greedy_responses_as_they_are(kind, whole, tokenizer, tmp_p
     prompts = some_prompts(tokenizer, model, 6)
     with caplog.at_level(logging.INFO, "distillkit.generators.vllm"):
         found = drafting.generate(prompts, GREEDY)
-    drafting.close()
     assert agreement(found, generator.generate(prompts, GREEDY), model, prompts) >= 0.95
     assert [record for record in caplog.records if "drafted tokens were accepted" in record.message]
     print(caplog.records[-1].message)
-
-
-def test_a_model_of_its_own_writes_without_a_model_of_the_run(tokenizer):
-    generator = VLLMGenerator(source=SOURCE, **SETTINGS)
-    with pytest.raises(ModelError, match="have different tokenizers"):
-        generator.refresh(torch.nn.ModuleDict(), tiny_tokenizer())
-    generator.refresh(torch.nn.ModuleDict(), tokenizer)
-    model = Student(SOURCE).load().eval()
-    prompts = some_prompts(tokenizer, model, 4)
-    found = generator.generate(prompts, GREEDY)
-    generator.close()
-    assert agreement(found, in_process(model, tokenizer).generate(prompts, GREEDY), model, prompts) >= 0.95

@@ -15,6 +15,7 @@ from distillkit.errors import ConfigError
 from distillkit.generators import vllm_engine
 from distillkit.generators.progress import token_bar
 from distillkit.interfaces import Generator
+from distillkit.models.checkpoint import explained, quiet
 from distillkit.models.fingerprint import fingerprint
 from distillkit.models.loading import merge_lora
 from distillkit.models.scoring import base_model, logits_width
@@ -61,10 +62,10 @@ class Drafts:
 
 
 class VLLMGenerator(Generator):
-    """Continues prompts with vLLM, whose engine starts when something is written first, and stays.
+    """Continues prompts with vLLM, whose engine starts when something is written first.
 
-    New weights go into the running engine. Each response is drawn with a seed of its own, and comes with what the model
-    says of its tokens.
+    It stays as long as the process does. New weights go into the running engine. Each response is drawn with a
+    seed of its own, and comes with what the model says of its tokens.
 
     Args:
         source: A model of its own, of the run's tokenizer, in one of the forms of docs/models.md; None writes with the
@@ -143,11 +144,13 @@ class VLLMGenerator(Generator):
         return self._identity
 
     def check(self, sampling: Sampling) -> None:
-        """Refuses to draft on the CPU at a temperature above 0.
+        """Refuses to draft on the CPU at a temperature above 0, and temperatures that vLLM does not know.
 
         Raises:
-            ConfigError: In that case.
+            ConfigError: In these cases.
         """
+        if sampling.temperature > 2:
+            raise ConfigError(f"vLLM draws at temperatures up to 2, got Sampling.temperature = {sampling.temperature}.")
         if self.speculative is not None and sampling.temperature > 0 and vllm_engine.on_cpu():
             raise ConfigError(
                 f"VLLMGenerator.speculative writes wrong tokens on the CPU at a temperature above 0, got "
@@ -188,7 +191,8 @@ class VLLMGenerator(Generator):
             return
         require_same(self._tokenizer, load_tokenizer(self.source), "of the run", self.source)
         self._eos = eos_ids(self._tokenizer, self.source)
-        self._llm = vllm_engine.start(prepare(self.source), self._options("auto"), "VLLMGenerator")
+        folder = prepare(self.source)
+        self._llm = vllm_engine.start(folder, self._options(_dtype(folder)), "VLLMGenerator")
         _log.info("vLLM has the weights of %s (%s).", self.source, self.identity())
 
     def _options(self, dtype: str) -> dict[str, Any]:
@@ -225,7 +229,8 @@ class VLLMGenerator(Generator):
         asked = [{"prompt_token_ids": list(prompt.input_ids)} for prompt in prompts]
         params = [self._params(sampling, sampling.seed_of(prompts.round, prompt.id)) for prompt in prompts]
         with token_bar("generate", len(prompts), self.progress) as advance:
-            outputs = self._llm.generate(asked, params, use_tqdm=False) if asked else []
+            with vllm_engine.undisturbed():
+                outputs = self._llm.generate(asked, params, use_tqdm=False) if asked else []
             found = [
                 self._response(prompt.id, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
             ]
@@ -263,12 +268,6 @@ class VLLMGenerator(Generator):
         share = accepted / drafted if drafted else 0.0
         _log.info("%.0f of %.0f drafted tokens were accepted (%.3f).", accepted, drafted, share)
 
-    def close(self) -> None:
-        """Ends the engine and frees its memory; the next `refresh` starts another."""
-        if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-        self._llm, self._held, self._counted = None, "", (0.0, 0.0)
-
 
 _SETTINGS = {
     "dtype": "dtype", "max_num_seqs": "batch_size", "max_model_len": "max_model_len",
@@ -276,6 +275,15 @@ _SETTINGS = {
     "enforce_eager": "eager",
 }  # fmt: skip
 """Arguments of the engine that have a setting of their own."""
+
+
+def _dtype(folder: str) -> str:
+    """The type in which a model was saved; vLLM by itself would turn float32 into half precision."""
+    from transformers import AutoConfig  # here, for a fast start of the command line
+
+    with quiet(), explained(folder, "config"):
+        found = getattr(AutoConfig.from_pretrained(folder), "dtype", None)
+    return str(found or "float32").removeprefix("torch.")
 
 
 def _identity(source: str) -> str:

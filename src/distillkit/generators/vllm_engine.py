@@ -67,18 +67,18 @@ def start(folder: str, options: Mapping[str, Any], name: str) -> Any:
         )
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    with _undisturbed():
+    with undisturbed():
         from vllm import LLM  # takes seconds, and is optional
 
         try:
             return LLM(model=folder, **options)
-        except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, ImportError) as error:
             said = " ".join(str(error).split())
             raise ModelError(f"{name}: vLLM can't be started with {folder}. It says: {said}") from error
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Random states and torch's threads as they were: vLLM seeds everything, and on the CPU replaces a function."""
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     states = random.getstate(), np.random.get_state()
@@ -151,7 +151,7 @@ def update(llm: Any, model: nn.Module, vocab: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         and llm.llm_engine.vllm_config.parallel_config.world_size == 1
     ):
-        with _undisturbed():
+        with undisturbed():
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_tensors(model, vocab)})
     else:  # tensors don't cross to the worker processes
         with tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
