@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from distillkit.cli.store_rows import stored_rows
 from distillkit.cli.main import main
+from distillkit.cli.store_rows import stored_rows
 from distillkit.store import ResponseStore
 from loopback import Reply, chat, echo, serving
 from served import KEY
@@ -68,9 +68,7 @@ def server(url: str, **settings: Any) -> dict[str, Any]:
 def stored(folder: Path) -> dict[str, str]:
     """The texts in a run's store, by their prompts; each is there once."""
     store = ResponseStore(folder / "responses")
-    found = [
-        (row["prompt_id"], row["text"]) for row in stored_rows(store.catalog, list(store.catalog.provenances))
-    ]
+    found = [(row["prompt_id"], row["text"]) for row in stored_rows(store.catalog, list(store.catalog.provenances))]
     assert len(dict(found)) == len(found) == sum(shard["responses"] for shard in store.shards())
     return dict(found)
 
