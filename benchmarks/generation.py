@@ -103,8 +103,8 @@ def main() -> None:
                 for side in sides
             ]  # fmt: skip
             rows += compared(works, options.repeats)
-    settings = vars(options) | {"vllm": vllm_version()}
-    write_json(options.json, [{k: v for k, v in row.items() if k != "written"} for row in rows], settings)
+            kept = [{name: value for name, value in row.items() if name != "written"} for row in rows]
+            write_json(options.json, kept, vars(options) | {"vllm": vllm_version()})  # so far: the rest takes minutes
     print(as_table(rows, options.markdown))
     short = [row for row in rows if row.get("agreement", 1.0) < AGREEMENT and row["dtype"] == "float32"]
     if short:
