@@ -32,7 +32,7 @@ class KilledGenerator(TransformersGenerator):
 
     calls = 0  # of all copies
 
-    def __init__(self, call: int, batch_size: int = 32, progress: bool = True) -> None:
+    def __init__(self, call: int, batch_size: int = 64, progress: bool = True) -> None:
         super().__init__(batch_size=batch_size, progress=progress)
         self.call = call
 
@@ -52,7 +52,7 @@ class KilledSoon(TransformersGenerator):
     calls = 0  # of all copies
 
     def __init__(
-        self, call: int, delay: float, after: bool = False, batch_size: int = 32, progress: bool = True
+        self, call: int, delay: float, after: bool = False, batch_size: int = 64, progress: bool = True
     ) -> None:
         super().__init__(batch_size=batch_size, progress=progress)
         self.call, self.delay, self.after = call, delay, after
