@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from scipy.stats import binomtest, chisquare
 
+from asked import Asked
 from distillkit.curators.mixed import MixedCurator
 from distillkit.curators.paired import PairedCurator
 from distillkit.curators.shares import drawn
@@ -15,18 +16,6 @@ from distillkit.testing import SeededGenerator, make_prompts
 from distillkit.types import Progress, Prompts
 
 MANY = make_prompts(1000)
-
-
-class Asked(SeededGenerator):
-    """Keeps what it was asked for."""
-
-    def __init__(self, writer):
-        super().__init__(writer)
-        self.asked = []
-
-    def generate(self, prompts, sampling):
-        self.asked.append((prompts.round, [prompt.id for prompt in prompts]))
-        return super().generate(prompts, sampling)
 
 
 @pytest.fixture

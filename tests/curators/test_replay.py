@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare
 
+from asked import Asked
 from distillkit.curators.filtered import FilteredCurator
 from distillkit.curators.filters import Truncated
 from distillkit.curators.paired import PairedCurator
@@ -12,22 +13,10 @@ from distillkit.curators.replay import ReplayCurator
 from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError
 from distillkit.schedules import Linear
-from distillkit.testing import SeededGenerator, make_prompts
+from distillkit.testing import make_prompts
 from distillkit.types import Progress, Prompts
 
 PROMPTS = make_prompts(400)
-
-
-class Asked(SeededGenerator):
-    """Keeps what it was asked for."""
-
-    def __init__(self, writer):
-        super().__init__(writer)
-        self.asked = []
-
-    def generate(self, prompts, sampling):
-        self.asked.append((prompts.round, [prompt.id for prompt in prompts]))
-        return super().generate(prompts, sampling)
 
 
 @pytest.fixture

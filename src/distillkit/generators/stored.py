@@ -134,7 +134,8 @@ class StoredGenerator(Generator):
     def _groups(self, prompts: Prompts) -> list[list[Prompt]]:
         """The groups that this process writes."""
         order = sorted(prompts, key=lambda prompt: (len(prompt.input_ids), prompt.id))
-        most = self.inner.responses_per_shard or RESPONSES_PER_SHARD
+        own = self.inner.responses_per_shard
+        most = RESPONSES_PER_SHARD if own is None else own
         size = min(most, -(-len(order) // self.ranks.world))  # a small round keeps every rank busy too
         groups = [order[first : first + size] for first in range(0, len(order), size)]
         return groups[self.ranks.shard :: self.ranks.shards][self.ranks.rank :: self.ranks.world]
