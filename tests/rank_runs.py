@@ -30,10 +30,18 @@ def both(models: tuple[str, str], folder: str, world: int) -> None:
     short = Sampling(max_new_tokens=6)
     pairs = PairedCurator(TeacherCurator(short), StudentCurator(short, {"every": 2}))
     run(models, folder, world, "generated", DistiLLM2(), pairs, val=True)
+    run(models, folder, world, "ahead", DistiLLM2(), pairs, overlap=True)
 
 
 def run(
-    models: tuple[str, str], folder: str, world: int, name: str, loss: Any, curator: Curator, val: bool = False
+    models: tuple[str, str],
+    folder: str,
+    world: int,
+    name: str,
+    loss: Any,
+    curator: Curator,
+    val: bool = False,
+    overlap: bool = False,
 ) -> None:
     """One epoch; each rank saves what it saw to `NAME-rank.pt`."""
     root = Path(folder)
@@ -41,7 +49,7 @@ def run(
     module = DistillModule(
         DoubleStudent(models[1]), loss, DoubleTeacher(models[0]), curator, TransformersGenerator(progress=False),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05), lr_schedule="constant", warmup=0.0,
-        answers=Sampling(temperature=0.0, max_new_tokens=6),
+        answers=Sampling(temperature=0.0, max_new_tokens=6), overlap=overlap,
     )  # fmt: skip
     held_out = str(root.parent / "held_out.jsonl") if val else None
     data = DistillData(str(root.parent / "prompts.jsonl"), held_out, batch_size=GLOBAL_BATCH // world)

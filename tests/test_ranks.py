@@ -40,7 +40,7 @@ def seen(folder: Path, case: str) -> tuple[Seen, Seen, Seen]:
     return one, first, second
 
 
-@pytest.mark.parametrize("case", [*CASES, "generated"])
+@pytest.mark.parametrize("case", [*CASES, "generated", "ahead"])
 def test_two_ranks_have_the_gradients_of_one_process(case: str, folder: Path) -> None:
     one, *ranks = seen(folder, case)
     assert len(one["gradients"]) == 3
@@ -48,7 +48,7 @@ def test_two_ranks_have_the_gradients_of_one_process(case: str, folder: Path) ->
         assert_same_steps(rank["gradients"], one["gradients"])
 
 
-@pytest.mark.parametrize("case", [*CASES, "generated"])
+@pytest.mark.parametrize("case", [*CASES, "generated", "ahead"])
 def test_two_ranks_log_the_figures_of_one_process(case: str, folder: Path) -> None:
     one, *ranks = seen(folder, case)
     assert any("train/loss" in figures for _, figures in one["rows"])

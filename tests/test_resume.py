@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a round every two steps": {"rounds": {"every": 2}},
     "dropout": {"rounds": "epoch", "lora": {"r": 4, "dropout": 0.5}},
     "replay and mixing by schedule": {"rounds": {"every": 2}, "replay": True},
+    "written ahead": {"rounds": {"every": 2}, "replay": True, "overlap": True},
 }
 
 
@@ -61,6 +62,7 @@ def config(folder: Path, run: str, rounds: Any, lora: Any = None, every: int | N
             "generator": more.get("generator", part("TransformersGenerator", progress=False)),
             "optimizer": part("torch.optim.AdamW", lr=1e-3),
             "answers": {"temperature": 0.0, "max_new_tokens": 6},
+            "overlap": more.get("overlap", False),
         },
         "data": {"train": str(folder / "train.jsonl"), "val": str(folder / "val.jsonl"), "batch_size": 2},
     }  # fmt: skip
@@ -174,6 +176,8 @@ def assert_both_sessions_are_logged(resumed: Path, alone: Path, killed_after: in
     ("a round every two steps", 5),  # from within a round
     ("dropout", 5),
     ("replay and mixing by schedule", 5),
+    ("written ahead", 3),
+    ("written ahead", 5),
 ])  # fmt: skip
 def test_a_run_killed_in_an_epoch_ends_as_if_nothing_had_happened(
     case: str, step: int, folder: Path, left_alone: Callable[[str], Path]
@@ -224,6 +228,12 @@ def test_a_run_that_replays_writes_less(folder: Path, left_alone: Callable[[str]
     assert PROMPTS <= written < 0.9 * 3 * PROMPTS, "it would be one for each prompt in each of three epochs"
     checkpoint = torch.load(left_alone(case) / "checkpoints" / "last.ckpt")
     assert len(checkpoint["state_dict"]["curator._extra_state"]["start"]["sizes"]) == 5, "the buffer is full"
+
+
+def test_what_is_written_ahead_lags_by_a_round(left_alone: Callable[[str], Path]) -> None:
+    # Rounds of 2, 1, 2, 1, 2 and 1 steps, each written with the weights of the start of the one before.
+    lag = read_metrics(left_alone("written ahead"))["curation/lag"]
+    assert [value for _, value in lag] == [0, 0, 2, 1, 1, 2, 1, 1, 2]
 
 
 @pytest.mark.slow

@@ -156,6 +156,16 @@ class Curator(nn.Module, ABC):
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
         """Writes what is written once, for all prompts of the run. Called before the first round."""
 
+    def begin(self, round_number: int) -> None:
+        """Told that a round is about to be curated: reads what moves with training, such as a schedule's number.
+
+        `curate` may then run in a thread of its own, while the round before is trained on. Called in the thread that
+        trains, also for a round that is curated again; hands the number on to the curators among its direct parts.
+        """
+        for child in self.children():
+            if isinstance(child, Curator):
+                child.begin(round_number)
+
     @abstractmethod
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
         """Rows for the prompts of one round.

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from distillkit import resume
-from distillkit.curators.requirements import check_parts
+from distillkit.curators.overlap import Rounds
+from distillkit.curators.requirements import check_overlap, check_parts
 from distillkit.curators.single import DatasetCurator, TeacherCurator
 from distillkit.data.window import step_window
 from distillkit.errors import ConfigError
@@ -44,6 +45,8 @@ class DistillModule(LightningModule):
         answers: How validation's answers are drawn, by teacher and student; None is greedy, at most 128 tokens.
         store: Folder of the response store; None is `responses` in the run's folder.
         slicing: How the loss is run over positions; None is as `Slicing` has it.
+        overlap: Whether a round is written while the one before is trained on, by a copy of the student that lags by
+            that round: False, True on the device that trains, or another device for the copy, such as `cuda:1`.
 
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, the generator can't write for either
@@ -63,6 +66,7 @@ class DistillModule(LightningModule):
         answers: Sampling | None = None,
         store: str | None = None,
         slicing: Slicing | None = None,
+        overlap: bool | str = False,
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
@@ -76,6 +80,7 @@ class DistillModule(LightningModule):
         self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
         self.answers, self.history = self.validation.sampling, self.validation.history
         check_parts(loss, teacher, self.curator, self.generator, self.answers)
+        self.overlap = check_overlap(overlap, self.curator, teacher)
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0
@@ -126,16 +131,26 @@ class DistillModule(LightningModule):
         """Has everything written that is written once."""
         self.curator.prepare(prompts, self.writers.generators)
 
-    def curate(self, prompts: Prompts, curator: Curator | None = None) -> list[Row]:
-        """The rows of a round, or those that another curator makes, made known to the teacher."""
-        rows = list((curator or self.curator).curate(prompts, self.writers.generators))
-        if self.teacher is not None and (curator is not None or self.loss.needs_teacher):
+    @cached_property
+    def rounds(self) -> Rounds:
+        """The rounds of this run."""
+        own = self.trainer.strategy.root_device
+        return Rounds(self.curator, self.writers, lambda: self.trainer.global_step, self.overlap, own)
+
+    def curate(self, prompts: Prompts) -> list[Row]:
+        """The rows of a round, made known to the teacher."""
+        rows = self.rounds.rows(prompts)
+        if self.teacher is not None and self.loss.needs_teacher:
             self.teacher.prepare(rows)
         return rows
 
     def held_out_rows(self, prompts: Prompts) -> list[Row]:
         """Reference responses to held-out prompts: the teacher's, or the data's if there is no teacher."""
-        rows = self.curate(prompts, DatasetCurator() if self.teacher is None else TeacherCurator(self.answers))
+        self.rounds.wait()
+        curator = DatasetCurator() if self.teacher is None else TeacherCurator(self.answers)
+        rows = list(curator.curate(prompts, self.writers.generators))
+        if self.teacher is not None:
+            self.teacher.prepare(rows)
         self.validation.refer_to(prompts, rows, self.tokenizer)
         return rows
 
@@ -174,7 +189,8 @@ class DistillModule(LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Logs what the step's loss reported, and what the generators counted while they wrote the round."""
-        self.log_dict({**flatten(self._step, "train/"), **self.writers.figures("curation/")})
+        counted = {f"curation/{name}": value for name, value in self.rounds.figures.items()}
+        self.log_dict({**flatten(self._step, "train/"), **counted})
         self._step = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -183,6 +199,7 @@ class DistillModule(LightningModule):
 
     def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out figures."""
+        self.rounds.wait()  # one engine writes the student's rounds and its answers
         self.validation.finish(self, self.writers.refreshed_student(), prefix)
 
     test_step = validation_step
@@ -192,12 +209,17 @@ class DistillModule(LightningModule):
         """Adds what a resumed run needs; leaves out the weights that never change."""
         checkpoint["state_dict"] = resume.without_frozen(checkpoint["state_dict"], self.student, "student.")
         random = resume.random_states(self.device)
-        checkpoint["distillkit"] = {"rounds": self.writers.rounds, "history": self.history, "random": random}
+        checkpoint["distillkit"] = {**self.rounds.state_dict(), "history": self.history, "random": random}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up where the saved run stood."""
         resume.require_trained(checkpoint["state_dict"], self.student, "student.")
         self.strict_loading = all(parameter.requires_grad for parameter in self.student.parameters())
         self._saved = checkpoint["distillkit"]
-        self.writers.rounds |= self._saved["rounds"]
+        self.rounds.load_state_dict(self._saved)
         self.validation.resume(self._saved["history"], checkpoint["global_step"])
+
+    def teardown(self, stage: str) -> None:
+        """Stops what is being written ahead."""
+        if "rounds" in self.__dict__:
+            self.rounds.close()

@@ -70,6 +70,12 @@ class MixedCurator(Curator):
         for part in self._parts():
             part.update(progress, metrics)
 
+    def begin(self, round_number: int) -> None:
+        """Reads the schedule, and has the parts read theirs."""
+        self._shares_at(round_number)
+        for part in self._parts():
+            part.begin(round_number)
+
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
         """Prepares each part: for its own prompts if they stay its own, else for all, which it may get."""
         once = self._rounds == "once"

@@ -48,50 +48,64 @@ class ReplayCurator(WrappedCurator):
                 "`once`: give it other rounds, or leave the buffer out."
             )
         self.replay, self.capacity, self.seed = RoundShare("ReplayCurator.replay", replay), capacity, seed
-        self._round: int | None = None
-        self._start: list[Group] = []  # the buffer when round `_round` began: the round may be asked for again
-        self._fresh: list[Group] = []  # what that round adds to it
+        self._start: list[Group] = []  # the buffer when the first round of `_fresh` began
+        self._fresh: dict[int, list[Group]] = {}  # what the last two rounds add to it: both may be asked for again
 
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
         """Moves the schedule and the other curator."""
         self.replay.update(progress, metrics)
         super().update(progress, metrics)
 
+    def begin(self, round_number: int) -> None:
+        """Reads the schedule, and has the other curator read its own."""
+        self.replay.at(round_number)
+        super().begin(round_number)
+
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
         """The rows for each prompt, fresh ones or others in their place."""
-        if prompts.round != self._round:
-            self._start, self._fresh = (self._start + self._fresh)[-self.capacity :], []
-            self._round = prompts.round
-        share = self.replay.at(prompts.round) if len(self._start) == self.capacity else 0.0
+        buffer, share = self._buffer(prompts.round), self.replay.at(prompts.round)
+        share = share if len(buffer) == self.capacity else 0.0
         replayed = [drawn(self.seed, prompts.round, prompt.id) < share for prompt in prompts]
         asked = Prompts(tuple(p for p, old in zip(prompts, replayed, strict=True) if not old), prompts.round)
         rows = self.curator.curate(asked, generators) if asked else []
         size = len(rows) // len(asked) if asked else 0
         fresh = [tuple(rows[start : start + size]) for start in range(0, len(rows), size or 1)]
-        self._fresh = [group for group in fresh if any(any(row.response_mask) for row in group)][-self.capacity :]
-        old, new = self._order(prompts.round), iter(fresh)
-        groups = [self._start[old[at % len(old)]] if at >= 0 else next(new) for at in _places(replayed)]
+        trained = [group for group in fresh if any(any(row.response_mask) for row in group)]
+        self._fresh[prompts.round] = trained[-self.capacity :]
+        old, new = self._order(prompts.round, len(buffer)), iter(fresh)
+        groups = [buffer[old[at % len(old)]] if at >= 0 else next(new) for at in _places(replayed)]
         _log.info(
             "ReplayCurator, round %d: rows of the buffer for %d of %d prompts (%.1f %%, share %.1f %%); it held the "
             "rows of %d prompts of %d",
             prompts.round, sum(replayed), len(prompts), 100 * sum(replayed) / len(prompts), 100 * share,
-            len(self._start), self.capacity,
+            len(buffer), self.capacity,
         )  # fmt: skip
         return [row for group in groups for row in group]
 
-    def _order(self, round_number: int) -> list[int]:
+    def _buffer(self, round_number: int) -> list[Group]:
+        """The buffer when a round began."""
+        if round_number not in self._fresh:
+            self._fresh[round_number] = []
+            if len(self._fresh) > 2:
+                oldest = self._fresh.pop(min(self._fresh))
+                self._start = (self._start + oldest)[-self.capacity :]
+        before = [group for number in sorted(self._fresh) if number < round_number for group in self._fresh[number]]
+        return (self._start + before)[-self.capacity :]
+
+    def _order(self, round_number: int, count: int) -> list[int]:
         """The order in which a round takes groups from the buffer: each at most once while there are enough."""
         seed = int(drawn(self.seed, round_number, "buffer") * 2**53)
-        return torch.randperm(len(self._start), generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The buffer at the round's start, and what the round adds to it."""
-        return {"round": self._round, "start": _packed(self._start), "fresh": _packed(self._fresh)}
+        """The buffer before the last two rounds, and what each of them adds to it."""
+        fresh = [[number, _packed(groups)] for number, groups in self._fresh.items()]
+        return {"start": _packed(self._start), "fresh": fresh}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes up what was saved."""
-        self._round = state["round"]
-        self._start, self._fresh = _unpacked(state["start"]), _unpacked(state["fresh"])
+        self._start = _unpacked(state["start"])
+        self._fresh = {int(number): _unpacked(groups) for number, groups in state["fresh"]}
 
 
 def _places(replayed: Sequence[bool]) -> list[int]:

@@ -1,9 +1,12 @@
 """Whether a run's parts go together, found out before a model is loaded."""
 
+import torch
+
 from distillkit.curators.brought import models_of
-from distillkit.curators.single import sampled_by_the_run
+from distillkit.curators.single import SampledCurator, sampled_by_the_run
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
+from distillkit.teachers.cached import CachedTeacher
 from distillkit.types import Sampling
 
 
@@ -32,3 +35,37 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
         )
     for sampling in (answers, *sampled_by_the_run(curator)):
         generator.check(sampling)
+
+
+def check_overlap(overlap: bool | str, curator: Curator, teacher: Teacher | None) -> bool | str:
+    """`overlap`, where rounds can be written while others are trained on.
+
+    Args:
+        overlap: Whether they are, or the device of the copies that write.
+        curator: The curator.
+        teacher: The teacher, if there is one.
+
+    Raises:
+        ConfigError: If it is no device, the curator writes once, or the teacher leaves the memory when it should write.
+    """
+    if overlap is False:
+        return False
+    if isinstance(overlap, str):
+        try:
+            torch.device(overlap)
+        except RuntimeError:
+            raise ConfigError(
+                f"model.overlap must be true, false or a device such as cuda:1, got {overlap!r}."
+            ) from None
+    if curator.rounds == "once":
+        raise ConfigError(
+            f"model.overlap writes a round while another is trained on, and {type(curator).__name__} writes once: "
+            "leave it out, or give the curator other rounds."
+        )
+    anew = (part for part in curator.modules() if isinstance(part, SampledCurator) and part.rounds != "once")
+    if isinstance(teacher, CachedTeacher) and teacher.unloads and any("teacher" in models_of(part) for part in anew):
+        raise ConfigError(
+            "model.overlap has the teacher write while its scores are read, and CachedTeacher unloads it: set "
+            "model.teacher.unload to false."
+        )
+    return overlap

@@ -20,8 +20,8 @@ def drawn(seed: int, round_number: int, prompt_id: str) -> float:
 class RoundShare(nn.Module):
     """A share in [0, 1] that is read when a round starts, and kept for that round.
 
-    The share of the last round is part of the checkpoint: a run that resumes within a round asks for the round again,
-    when a schedule has moved on.
+    The shares of the last two rounds are part of the checkpoint: a run that resumes within a round asks for it again,
+    when a schedule has moved on, and the round after it may be written already.
 
     Args:
         name: What errors call it, such as `ReplayCurator.replay`.
@@ -36,7 +36,7 @@ class RoundShare(nn.Module):
         self.name = name
         self.schedule = share if isinstance(share, Schedule) else None
         self._fixed = 0.0 if isinstance(share, Schedule) else self._checked(share)
-        self._kept: tuple[int, float] | None = None
+        self._kept: dict[int, float] = {}
 
     def at(self, round_number: int) -> float:
         """The share in a round.
@@ -46,9 +46,10 @@ class RoundShare(nn.Module):
         """
         if self.schedule is None:
             return self._fixed
-        if self._kept is None or self._kept[0] != round_number:
-            self._kept = (round_number, self._checked(float(self.schedule.value)))
-        return self._kept[1]
+        if round_number not in self._kept:
+            share = self._checked(float(self.schedule.value))
+            self._kept = dict([*self._kept.items()][-1:]) | {round_number: share}
+        return self._kept[round_number]
 
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
         """Moves the schedule; called as `Schedule.update` is."""
@@ -56,12 +57,12 @@ class RoundShare(nn.Module):
             self.schedule.update(progress, metrics)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The last round and its share."""
-        return {"kept": None if self._kept is None else list(self._kept)}
+        """The last two rounds and their shares."""
+        return {"kept": [[number, share] for number, share in self._kept.items()]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes up what was saved."""
-        self._kept = None if state["kept"] is None else (int(state["kept"][0]), float(state["kept"][1]))
+        self._kept = {int(number): float(share) for number, share in state["kept"]}
 
     def _checked(self, share: float) -> float:
         if not 0 <= share <= 1:

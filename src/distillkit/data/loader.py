@@ -34,6 +34,8 @@ class RoundLoader:
         world: Number of processes.
         layout: How rows are laid out, as `collate` says.
         bucket: What the length of packed rows is a multiple of.
+        ahead: Told the prompts of the next round when one begins; None where rounds are written one after another.
+        reaches: Says whether the run gets to a step of an epoch: a round past its end is not written.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class RoundLoader:
         world: int = 1,
         layout: Layout = "shared",
         bucket: int = 1,
+        ahead: Callable[[Prompts], None] | None = None,
+        reaches: Callable[[int, int], bool] = lambda epoch, step: True,
     ) -> None:
         self.prompts, self.prepare, self.curate, self.pad_id = prompts, prepare, curate, pad_id
         self.batch_size, self.accumulate, self.rounds, self.epoch = batch_size, accumulate, rounds, epoch
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.layout: Layout = layout
-        self.bucket = bucket
+        self.bucket, self.ahead, self.reaches = bucket, ahead, reaches
         self._done = self._resume_at = 0
         self._prepared = False
 
@@ -111,6 +115,11 @@ class RoundLoader:
         """The rows of the round that begins with step `first`, by their prompt's place."""
         places = _places(steps[first : first + length])
         rows = self.curate(self._asked(epoch, steps, first, length))
+        if self.ahead is not None:
+            following = (epoch, first + length) if first + length < len(steps) else (epoch + 1, 0)
+            if self.reaches(*following):
+                own = steps if following[0] == epoch else self._steps(epoch + 1)
+                self.ahead(self._asked(following[0], own, following[1], length))
         size = len(rows) // len(places)
         assert size > 0, "a curator gives every prompt a row"
         assert len(rows) == size * len(places), "a curator gives every prompt the same number of rows"

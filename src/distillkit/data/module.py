@@ -131,11 +131,23 @@ class DistillData(LightningDataModule):
             self.prompts["train"], module.prepare_curation, module.curate, module.tokenizer.pad_token_id,
             self.batch_size, trainer.accumulate_grad_batches, module.curator.rounds, lambda: trainer.current_epoch,
             self.shuffle, self.seed, trainer.global_rank, trainer.world_size, self.layout, self.bucket,
+            module.rounds.begin if module.overlap else None, self._reaches,
         )  # fmt: skip
         if self._resume_at:
             self._loader.load_state_dict(self._resume_at)
             self._resume_at = {}
         return self._loader
+
+    def _reaches(self, epoch: int, step: int) -> bool:
+        """Whether the run gets to an optimizer step of an epoch."""
+        trainer = self.trainer
+        assert trainer is not None
+        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        return step < steps and epoch * steps + step < trainer.estimated_stepping_batches
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Stops what is being written ahead, so that the process can end."""
+        self._module().teardown("fit")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Copies a batch to a GPU while that is at work."""

@@ -101,7 +101,7 @@ class TransformersGenerator(Generator):
         eos = torch.tensor(self._eos, device=device)
         cache, rows = roomy_cache(base.config), torch.arange(len(ids), device=device)
         written = torch.zeros(len(ids), sampling.max_new_tokens, dtype=torch.long, device=device)
-        log_probs = torch.zeros(len(ids), sampling.max_new_tokens, device=device)
+        log_probs = torch.zeros(len(ids), sampling.max_new_tokens, dtype=torch.float32, device=device)
         lengths = torch.full((len(ids),), sampling.max_new_tokens, device=device)
         for step in range(sampling.max_new_tokens):
             hidden = body(
@@ -138,8 +138,10 @@ def _uniform(seeds: Sequence[int], sampling: Sampling) -> Tensor:
     """`[R, max_new_tokens]` uniform numbers, each row from its own seed; greedy tokens need none."""
     length = sampling.max_new_tokens
     if sampling.temperature == 0:
-        return torch.zeros(len(seeds), length)
-    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.zeros(len(seeds), length, dtype=torch.float32)
+    own = (torch.Generator().manual_seed(seed) for seed in seeds)
+    # The type is given: a run in half precision changes the default one, also for a thread that writes meanwhile.
+    return torch.stack([torch.rand(length, generator=generator, dtype=torch.float32) for generator in own])
 
 
 def _left_padded(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -158,4 +158,4 @@ def make_rule(name: RuleName, top_k: int | None, epsilon: float | None, delta: f
 
 def _uniform(seed: int, length: int) -> torch.Tensor:
     """`[length, 3]` uniform numbers in [0, 1)."""
-    return torch.rand(length, 3, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(length, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

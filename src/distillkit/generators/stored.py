@@ -1,9 +1,10 @@
 """A generator that looks into the response store first and writes what it adds."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ class Ranks:
         barrier: Waits for all of them.
         shard: Number, from 0, of the part of the work that is these processes'.
         shards: Number of such parts; the others are done elsewhere, at any time, and nobody waits for them.
+        stop: Set where a round is no longer wanted: nothing is written after the group that is being written.
     """
 
     rank: int = 0
@@ -37,6 +39,7 @@ class Ranks:
     barrier: Callable[[], None] = lambda: None
     shard: int = 0
     shards: int = 1
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 class StoredGenerator(Generator):
@@ -83,7 +86,7 @@ class StoredGenerator(Generator):
         """One response per prompt, in their order; every rank asks for the same prompts and gets all responses.
 
         Raises:
-            GenerationError: If the inner generator gives up; what it had finished is in the store.
+            GenerationError: If the inner generator gives up, or the round is stopped; what it had finished is stored.
             StoreError: If responses are missing and the weights that wrote the others have moved on.
         """
         provenance = Provenance(self.writer, self.fingerprint(prompts.round), sampling, prompts.round)
@@ -102,6 +105,8 @@ class StoredGenerator(Generator):
             finally:
                 self.inner.release()
             self.ranks.barrier()
+            if self.ranks.stop.is_set():
+                raise GenerationError(f"Round {prompts.round} was no longer wanted when {self.writer} wrote it.")
             known = self.store.read(provenance)
         if self.ranks.shards == 1:
             return known.take(ids)
@@ -119,6 +124,8 @@ class StoredGenerator(Generator):
             self.refresh_inner(self.inner)
         with token_bar(f"{self.writer} writes", sum(map(len, wanted)), shown):
             for group in filter(None, wanted):
+                if self.ranks.stop.is_set():  # not an error here: the other ranks wait at the barrier
+                    break
                 responses = self._written(Prompts(group, prompts.round), provenance)
                 num_responses += len(responses)
                 num_tokens += sum(len(response.token_ids) for response in responses)

@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distillkit.errors import ConfigError
 from distillkit.generators.stored import Ranks, StoredGenerator
 from distillkit.interfaces import Generator
 from distillkit.models import tokenizers
+from distillkit.models.copies import frozen_copy
 from distillkit.models.fingerprint import fingerprint
 from distillkit.store import ResponseStore
 
@@ -19,7 +22,8 @@ class Writers:
     """A generator for each writer, all of them behind the response store.
 
     The student moves while a round is trained on, so its fingerprint is taken when the round starts and is part of the
-    checkpoint: a run that resumes in the middle of a round reads that round's responses again.
+    checkpoint: a run that resumes in the middle of a round reads that round's responses again. It may also move while a
+    round is written: `hold` then has copies write.
 
     Args:
         generator: Template of the generators; each of the run's models has a copy of its own.
@@ -45,8 +49,10 @@ class Writers:
         teacher_fingerprint: Callable[[], str | None] | None = None,
         brought: Mapping[str, Generator] | None = None,
     ) -> None:
-        self.models, self.tokenizer, self.store = models, tokenizer, store
-        self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last one
+        self.models, self.tokenizer, self.store, self.ranks = models, tokenizer, store, ranks
+        self.rounds: dict[int, str] = {}  # the student's fingerprint in round 0 (`once`) and in the last two
+        self._device: torch.device | None = None
+        self._held: dict[str, nn.Module] = {}
         self._teacher, self._known = "", teacher_fingerprint
         copies = {name: copy.deepcopy(generator) for name in models}
         self.student_now = copies["student"]  # its weights are set before each use: one engine for both is enough
@@ -63,13 +69,30 @@ class Writers:
 
     def refreshed_student(self) -> Generator:
         """A generator with the student's weights as they are, that stores nothing."""
-        self._refresh("student")(self.student_now)
+        self.student_now.refresh(self._live("student"), self.tokenizer)
         return self.student_now
 
-    def figures(self, prefix: str) -> dict[str, float]:
-        """What this process' generators counted in the last round that they wrote: `writer/figure`, after a prefix."""
+    def hold(self, device: torch.device, student: bool) -> None:
+        """From now on models on `device` write, and the student's weights are those of now until this is called again.
+
+        Args:
+            device: Where the copies lie; a teacher, which does not move, is copied if it is elsewhere, when it writes.
+            student: Whether the student writes.
+
+        Raises:
+            ConfigError: If the student is sharded over ranks, which then have to train and write together.
+        """
+        self._device = device
+        if student:
+            model = self._live("student")
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                raise ConfigError("model.overlap copies the student, which is sharded over ranks here: leave it out.")
+            self._held["student"] = frozen_copy(model, device, self._held.get("student"))
+
+    def figures(self) -> dict[str, float]:
+        """What this process' generators counted in the last round that they wrote: `writer/figure`."""
         counted = {name: own.figures() for name, own in self.generators.items()}
-        return {f"{prefix}{name}/{key}": value for name, own in counted.items() for key, value in own.items()}
+        return {f"{name}/{key}": value for name, own in counted.items() for key, value in own.items()}
 
     def _refresh(self, name: str) -> Callable[[Generator], None]:
         def refresh(generator: Generator) -> None:
@@ -80,6 +103,14 @@ class Writers:
         return refresh
 
     def _model(self, name: str) -> nn.Module:
+        if name in self._held:
+            return self._held[name]
+        model = self._live(name)
+        if self._device is None or next(model.parameters()).device == self._device:
+            return model
+        return self._held.setdefault(name, frozen_copy(model, self._device))
+
+    def _live(self, name: str) -> nn.Module:
         model = self.models[name]() if name in self.models else None
         if model is None:
             raise ConfigError(f"The curator asks the {name} to write, and there is no {name} model in this process.")
@@ -109,7 +140,8 @@ class Writers:
 
     def _round_student(self, number: int) -> str:
         if number not in self.rounds:
-            self.rounds = {kept: own for kept, own in self.rounds.items() if kept == 0} | {number: self._student()}
+            kept = {one: own for one, own in self.rounds.items() if one in (0, number - 1)}
+            self.rounds = kept | {number: self._student()}
         return self.rounds[number]
 
     def _fixed(self) -> str:

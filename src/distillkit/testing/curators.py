@@ -99,6 +99,25 @@ class CuratorContract:
             following = [self._curate(one, prompts.at_round(stop + 1)) for one in (curator, resumed)]
             self._require(following[0] == following[1], f"resumed within round {stop} it goes on with other rows")
 
+    def test_may_be_written_ahead(self) -> None:
+        """Training moves between `begin` and `curate`; a checkpoint may hold two rounds that are asked for again."""
+        (ahead, prompts), (plain, _), (resumed, _) = self._prepared(), self._prepared(), self._prepared()
+        before: Sequence[Row] = ()
+        for number in range(NUM_ROUNDS):
+            ahead.begin(number)
+            plain.begin(number)
+            expected = self._curate(plain, prompts.at_round(number))
+            self._move(number, ahead, plain)
+            found = self._curate(ahead, prompts.at_round(number))
+            self._require(found == expected, "a round that is written after training moved has other rows")
+            resumed.load_state_dict(copy.deepcopy(ahead.state_dict()))
+            for again, rows in ((number - 1, before), (number, found)):
+                if again >= 0:
+                    resumed.begin(again)
+                    same = self._curate(resumed, prompts.at_round(again)) == rows
+                    self._require(same, f"resumed while round {number} was written ahead, round {again} has other rows")
+            before = found
+
     def _prepared(self) -> tuple[Curator, Prompts]:
         curator, prompts = copy.deepcopy(self.make()), self.prompts()
         curator.prepare(prompts, self._generators(curator))
