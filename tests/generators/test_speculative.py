@@ -276,13 +276,10 @@ def test_a_resumed_round_is_that_of_a_run_that_was_never_stopped(tmp_path, setti
     first.generate(PROMPTS[:4], WARM)
     resumed = writers(tmp_path / "parts", student, teacher, **settings)
     assert tokens_of(resumed.generators["speculative"].generate(PROMPTS, WARM)) == expected
-    assert resumed.figures("curation/").keys() == {
-        "curation/speculative/acceptance",
-        "curation/speculative/tokens_per_check",
-    }
+    assert resumed.figures().keys() == {"speculative/acceptance", "speculative/tokens_per_check"}
     again = writers(tmp_path / "parts", student, teacher, **settings)
     assert tokens_of(again.generators["speculative"].generate(PROMPTS, WARM)) == expected
-    assert again.figures("curation/") == {}  # read, not written
+    assert again.figures() == {}  # read, not written
 
 
 # ── settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
