@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from distillkit.data.chat import prompt_id
 from distillkit.interfaces import Generator
-from distillkit.types import Prompt, Prompts, Response, Sampling
+from distillkit.types import Message, Prompt, Prompts, Response, Sampling
 
 NUM_PROMPTS = 5
 
@@ -147,6 +148,6 @@ class GeneratorContract:
 
 
 def _prompt(tokenizer: Any, question: str) -> Prompt:
-    messages = ({"role": "user", "content": question},)
+    messages: tuple[Message, ...] = ({"role": "user", "content": question},)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return Prompt(question, messages, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return Prompt(prompt_id(messages), messages, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
