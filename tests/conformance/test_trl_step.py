@@ -21,6 +21,7 @@ from distillkit.models.scoring import score
 from distillkit.models.tokenizers import eos_ids
 from distillkit.teachers.in_process import TransformersTeacher
 from distillkit.types import Batch, Row
+from tiny import tiny_model
 from tiny_runs import QUIET, MemoryLogger, UnequalPairs, save_models, write_prompts
 
 pytestmark = [
@@ -209,6 +210,16 @@ def mean_here(models, ids, attention, labels):
     teacher, student = (score(model, batch, model.config.vocab_size) for model in map(loaded, models))
     output = ForwardKL("token_mean")(student, teacher, batch)
     return float(output.total / output.units)
+
+
+def test_they_refuse_a_wider_teacher(gkd, models, tmp_path):
+    teacher, student = tiny_model(vocab=330), loaded(models[1])
+    with pytest.raises(ValueError, match="which requires a shared vocabulary"):
+        gkd.GKDTrainer(
+            model=student, teacher_model=teacher, processing_class=AutoTokenizer.from_pretrained(models[1]),
+            args=gkd.GKDConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none"),
+            train_dataset=Dataset.from_list([{"prompt": "", "input_ids": [1, 2], "completion_mask": [0, 1]}]),
+        )  # fmt: skip
 
 
 def test_their_collator_trains_on_what_the_template_puts_behind_a_response(gkd, models):
