@@ -19,18 +19,20 @@ class MeanHead:
     Args:
         heads: The models' own heads.
         widths: D of each.
+        dtypes: Type of each one's hidden states.
         vocab: V, the number of tokens that are scored.
     """
 
     heads: tuple[Head, ...]
     widths: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
     vocab: int
 
     def __call__(self, hidden: Tensor, /) -> Tensor:
         """`[n, D₁ + D₂ + …]` -> `[n, V]` log of the models' summed probabilities: the softmax of it is their mean."""
-        parts = zip(self.heads, torch.split(hidden, list(self.widths), dim=-1), strict=True)
+        parts = zip(self.heads, torch.split(hidden, list(self.widths), dim=-1), self.dtypes, strict=True)
         # Softmax first, cut afterwards: a model that spends much on what is cut has less to say about the rest.
-        log_probs = [head(part).float().log_softmax(-1)[:, : self.vocab] for head, part in parts]
+        log_probs = [head(part.to(dtype)).float().log_softmax(-1)[:, : self.vocab] for head, part, dtype in parts]
         return torch.stack(log_probs).logsumexp(0)
 
     def parameters(self) -> Iterable[Tensor]:
@@ -81,9 +83,14 @@ class MyPlugin(Teacher):
                 "MyPlugin.teachers must score the whole vocabulary, and one keeps its most likely tokens alone: "
                 "let it keep hidden states, or leave it out."
             )
-        widths = tuple(own.hidden.shape[-1] for own in scores)
-        hidden = torch.cat([own.hidden.float() for own in scores], dim=-1)  # [N, D₁ + D₂ + …]
-        return Scores(hidden, MeanHead(tuple(own.head for own in scores), widths, self.vocab_size), self.vocab_size)
+        head = MeanHead(
+            heads=tuple(own.head for own in scores),
+            widths=tuple(own.hidden.shape[-1] for own in scores),
+            dtypes=tuple(own.hidden.dtype for own in scores),
+            vocab=self.vocab_size,
+        )
+        hidden = torch.cat([own.hidden for own in scores], dim=-1)  # [N, D₁ + D₂ + …], in a type that holds all of them
+        return Scores(hidden, head, self.vocab_size)
 
     def tokenizer(self) -> Any:
         """The tokenizer that all of them share.

@@ -37,6 +37,19 @@ def test_it_is_as_wide_as_the_narrowest_or_as_it_is_told():
     assert together.score(batch).log_probs().shape == (3, 340)
 
 
+def test_their_weights_may_have_different_types():
+    class HalfTeacher(BigramTeacher):
+        def score(self, batch):
+            head = torch.nn.Linear(8, self.vocab_size, dtype=torch.bfloat16)
+            return Scores(super().score(batch).hidden[:, :8].bfloat16(), head, self.vocab_size)
+
+    together = MyPlugin([HalfTeacher(), BigramTeacher()])
+    together.setup(torch.device("cpu"))
+    found = together.score(make_batch(lengths=(3,), writers=("dataset",), pairs=(0,), vocab=9)).log_probs()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(3))
+
+
 def test_a_teacher_of_its_top_tokens_alone_is_refused():
     class TopTeacher(BigramTeacher):
         def score(self, batch):
