@@ -12,11 +12,16 @@ import torch
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
+def _lacks(*modules: str) -> bool:
+    return any(importlib.util.find_spec(module) is None for module in modules)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU or vLLM are skipped, and said to be, where there is none."""
+    """Tests that need a GPU or a package of an extra are skipped, and said to be, where there is none."""
     missing = {
         "gpu": (not torch.cuda.is_available(), "needs a GPU"),
-        "vllm": (importlib.util.find_spec("vllm") is None, "needs vLLM: tox -e vllm"),
+        "vllm": (_lacks("vllm"), "needs vLLM: tox -e vllm"),
+        "conformance": (_lacks("trl", "liger_kernel"), "needs trl and liger-kernel: tox -e conformance"),
     }
     for item in items:
         for name, (absent, reason) in missing.items():

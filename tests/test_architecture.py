@@ -38,7 +38,7 @@ PARTS = {
     "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "store", "plugins"}
+VERB_NAMES = {"fit", "curate", "validate", "test", "store", "plugins", "new-plugin"}
 
 CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
 

@@ -47,6 +47,9 @@ NOT_RUN_HERE = {
     "pip install ./distillkit-hellinger": (
         Elsewhere("would change this environment", "test_the_readmes_plugin_installs_and_keeps_its_contract")
     ),
+    'pip install -e "./distillkit-renyi[test]" && pytest distillkit-renyi': (
+        Elsewhere("would change this environment", "tests/cli/test_new_plugin.py")
+    ),
     ".ci/run": Elsewhere("runs this test", "test_continuous_integration_runs_what_is_not_run_here"),
     "ruff check src tests && ruff format --check src tests": (
         Elsewhere("ruff is not among the packages that the tests need", "tox.ini lint")

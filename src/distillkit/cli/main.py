@@ -11,6 +11,7 @@ VERBS = {
     "test": "measure a checkpoint on the test prompts",
     "store": "look into response stores, join and export them",
     "plugins": "list the installed parts",
+    "new-plugin": "write a package with a part of your own",
 }
 
 
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
             from distillkit.cli import plugins
 
             return plugins.run(rest)
+        if verb == "new-plugin":
+            from distillkit.cli import new_plugin
+
+            return new_plugin.run(rest)
         if verb == "store":
             from distillkit.cli import store
 

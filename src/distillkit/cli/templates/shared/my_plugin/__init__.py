@@ -1,0 +1,1 @@
+"""MyPlugin, a my_kind for distillkit."""

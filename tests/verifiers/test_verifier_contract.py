@@ -1,0 +1,17 @@
+"""Every installed verifier keeps the promises of `distillkit.testing`."""
+
+import pytest
+
+from distillkit import registry
+from distillkit.testing import check_verifier
+
+INSTALLED = registry.available("verifier")
+
+
+def test_all_built_in_verifiers_are_installed():
+    assert {"MeanLogProb", "NumericAnswer", "TargetLength"} <= set(INSTALLED)
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_installed_verifier_keeps_the_contract(name):
+    check_verifier(registry.get("verifier", name)())
