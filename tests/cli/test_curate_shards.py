@@ -193,3 +193,25 @@ def test_a_second_method_trains_on_the_store_of_the_first_and_writes_nothing(fol
     assert {path: path.read_bytes() for path in shard_files(folder / "shared")} == before
     losses = [(folder / run / "csv" / "version_0" / "metrics.csv").read_text() for run in ("first", "second")]
     assert losses[0] != losses[1], "or it was the same method"
+
+
+def test_a_filter_judges_the_part_that_is_here(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    writes = part("TeacherCurator", sampling={"max_new_tokens": 3})
+    cut = part("FilteredCurator", curator=writes, filters=["Truncated"])  # three tokens are cut, most of them
+    run = config(folder, "filtered", 140, curator=cut, loss=part("SkewKL"))
+    said = []
+    for number in (2, 3, 1):  # 12 responses, none, and the other 128
+        assert main(["curate", "--config", run, f"--shard={number}/3"]) == 0
+        said.append(" ".join(capsys.readouterr().out.split()))
+    assert "; 128 prompts are of other processes" in said[0]
+    assert "left out; of 140 rows" in said[2]
+    assert "of other processes" not in said[2]
+
+    none_left = part("FilteredCurator", curator=writes, filters=[part("TooLong", max_tokens=1)])
+    run = config(folder, "filtered-all", 140, curator=none_left, loss=part("SkewKL"))
+    assert main(["curate", "--config", run, "--shard=1/2"]) == 0
+    assert main(["curate", "--config", run, "--shard=2/2"]) == 1, "now all are here to be judged"
+    assert "refused the responses to all 140 prompts of round 0" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from distillkit.cli.train import DistillCLI, launch
 from distillkit.curators.single import TeacherCurator
 from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError
+from distillkit.generators.stored import elsewhere
 from distillkit.interfaces import Teacher
 from distillkit.module import DistillModule
 from distillkit.types import Prompts
@@ -107,7 +108,7 @@ class Curation(Callback):
             for writer, count in sorted(after.items())
         ] or [f"{store.folder}: no responses, they all come with the data"]
         if pl_module.shard[1] > 1:
-            lacking = {one for generator in generators.values() for one in getattr(generator, "elsewhere", ())}
+            lacking = elsewhere(generators.values())
             number, shards = pl_module.shard
             self.report.append(
                 f"shard {number + 1}/{shards} has its share; {len(lacking)} responses of other shards are not here"

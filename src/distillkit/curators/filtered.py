@@ -8,6 +8,7 @@ from dataclasses import replace
 from distillkit.curators.filters import Empty, Repeated, ResponseFilter, Truncated
 from distillkit.curators.wrapped import WrappedCurator
 from distillkit.errors import ConfigError, DataError
+from distillkit.generators.stored import elsewhere
 from distillkit.interfaces import Curator, Generator
 from distillkit.types import Prompts, Row
 
@@ -19,6 +20,7 @@ class FilteredCurator(WrappedCurator):
 
     A prompt of several rows is left out as a whole if one of them is refused. It keeps its place in the round, and so
     does every other prompt. The log says how many rows each filter refused; a row counts for the first one that does.
+    Of responses that other processes write, which are not here yet, nothing is said.
 
     Args:
         curator: The other curator.
@@ -42,11 +44,15 @@ class FilteredCurator(WrappedCurator):
         """
         rows = self.curator.curate(prompts, generators)
         size = len(rows) // len(prompts)
+        absent = {name for _, name in elsewhere(generators.values())}
         reasons: Counter[str] = Counter()
         kept: list[Row] = []
         refused: list[Row] = []
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
+            if group[0].prompt_id in absent:
+                kept += group
+                continue
             found = [reason for row in group if (reason := self._reason(row))]
             reasons.update(found)
             if found:
@@ -59,6 +65,7 @@ class FilteredCurator(WrappedCurator):
                 f"FilteredCurator refused the responses to all {len(prompts)} prompts of round {prompts.round} "
                 f"({told}): look at what was written, then raise max_new_tokens or change its filters."
             )
+        told += f"; {len(absent)} prompts are of other processes" if absent else ""
         first = f"; the first left out is {refused[0].prompt_id}" if refused else ""
         _log.info(
             "FilteredCurator, round %d: %d of %d prompts left out; of %d rows %s%s",

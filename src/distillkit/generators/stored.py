@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,11 @@ class Ranks:
     shard: int = 0
     shards: int = 1
     stop: threading.Event = field(default_factory=threading.Event)
+
+
+def elsewhere(generators: Iterable[Generator]) -> set[tuple[Provenance, str]]:
+    """The responses, by provenance and prompt, that generators were asked for and other shards have not written yet."""
+    return {one for generator in generators for one in getattr(generator, "elsewhere", ())}
 
 
 class StoredGenerator(Generator):
