@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import Callback
 
+from distillkit.errors import GenerationError
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.types import Prompts, Response, Sampling
 
@@ -41,6 +42,29 @@ class KilledGenerator(TransformersGenerator):
         if KilledGenerator.calls == self.call:
             kill()
         return super().generate(prompts, sampling)
+
+
+class KilledOnce(TransformersGenerator):
+    """Kills the first process that it is asked in to write, and no other; `marker` is a file that says that it did."""
+
+    def __init__(self, marker: str, batch_size: int = 64, progress: bool = True) -> None:
+        super().__init__(batch_size=batch_size, progress=progress)
+        self.marker = marker
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
+        try:
+            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return super().generate(prompts, sampling)
+        kill()
+        raise AssertionError("it is dead")
+
+
+class GivesUp(TransformersGenerator):
+    """Writes nothing."""
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
+        raise GenerationError("The ink ran out.")
 
 
 class KilledSoon(TransformersGenerator):

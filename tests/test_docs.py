@@ -50,6 +50,9 @@ NOT_RUN_HERE = {
     'pip install -e "./distillkit-renyi[test]" && pytest distillkit-renyi': (
         Elsewhere("would change this environment", "tests/cli/test_new_plugin.py")
     ),
+    "distillkit curate --config rounds.yaml --workers 2": (
+        Elsewhere("starts a cluster, which takes half a minute", "tests/cli/test_curate_ray.py")
+    ),
     ".ci/run": Elsewhere("runs this test", "test_continuous_integration_runs_what_is_not_run_here"),
     "ruff check src tests && ruff format --check src tests": (
         Elsewhere("ruff is not among the packages that the tests need", "tox.ini lint")

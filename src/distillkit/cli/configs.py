@@ -4,7 +4,7 @@ This runs before jsonargparse sees anything, imports nothing heavy, and leaves e
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,14 @@ def merge(below: Config, above: Config) -> Config:
     for key, value in above.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def load_all(paths: Sequence[str]) -> Config:
+    """Several configurations as one, later ones over earlier ones."""
+    merged: Config = {}
+    for path in paths:
+        merged = merge(merged, load(path))
     return merged
 
 

@@ -3,10 +3,13 @@
 import itertools
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, Trainer
 
+from distillkit.cli import configs, curate_ray
+from distillkit.cli.curate_ray import Workers
 from distillkit.cli.train import DistillCLI, launch
 from distillkit.curators.single import TeacherCurator
 from distillkit.data.module import DistillData
@@ -14,6 +17,7 @@ from distillkit.errors import ConfigError
 from distillkit.generators.stored import elsewhere
 from distillkit.interfaces import Teacher
 from distillkit.module import DistillModule
+from distillkit.store import ResponseStore
 from distillkit.types import Prompts
 
 
@@ -27,7 +31,36 @@ def run(arguments: list[str]) -> int:
         f"{flag}=true" if flag == "--score" and value not in ("true", "false") else flag
         for flag, value in itertools.pairwise([*arguments, ""])
     ]
-    return launch(CurateCLI, "curate", full, trainer_class=CurationTrainer, save_config_callback=None)
+    cli = _launched(full)
+    if cli.trainer.workers is not None:
+        _by_workers(cli, full)
+    elif cli.trainer.is_global_zero:
+        print("\n".join(cli.trainer.report))
+    return 0
+
+
+def curated(arguments: list[str]) -> tuple[int, int]:
+    """Runs `curate`; how many responses this process wrote, and how many tokens."""
+    writers = _launched(arguments).model.writers.generators.values()
+    return sum(own.num_responses for own in writers), sum(own.num_tokens for own in writers)
+
+
+def _launched(arguments: list[str]) -> Any:
+    return launch(CurateCLI, "curate", arguments, trainer_class=CurationTrainer, save_config_callback=None)
+
+
+def _by_workers(cli: Any, arguments: list[str]) -> None:
+    """Has Ray's workers write, and says what the store then holds."""
+    store = ResponseStore(cli.model.store or f"{cli.trainer.default_root_dir}/responses")
+    before = _counts(store)
+    files, rest = configs.split_arguments(arguments)
+    shares = []
+    for share in curate_ray.run(cli.trainer.workers, configs.load_all(files), rest):
+        print(share)
+        shares.append(share)
+    after = _counts(store)
+    curate_ray.require_all(store.folder, before.total(), after.total(), shares)
+    print("\n".join(_summary(store, before, after)))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -47,8 +80,21 @@ def parse_shard(text: str | None) -> tuple[int, int]:
 class CurationTrainer(Trainer):
     """A trainer that can stop where training would begin."""
 
+    workers: Workers | None = None
+    """Who is to write in the place of this process."""
+    report: Sequence[str] = ()
+    """What the store holds when it has been written."""
+
     def curate(
-        self, model: DistillModule, datamodule: DistillData, score: bool = False, shard: str | None = None
+        self,
+        model: DistillModule,
+        datamodule: DistillData,
+        score: bool = False,
+        shard: str | None = None,
+        workers: int | None = None,
+        gpus_per_worker: float | None = None,
+        cpus_per_worker: float = 1.0,
+        ray_address: str | None = None,
     ) -> None:
         """Has the responses of the first round written, and those to the held-out prompts.
 
@@ -58,15 +104,27 @@ class CurationTrainer(Trainer):
             score: Whether the teacher, a `CachedTeacher`, scores them as well.
             shard: Which part of the responses is written, such as `3/8` for the third of eight; null for all. The
                 others are left to other processes, on any machine.
+            workers: Processes of a Ray cluster that write a shard each; null writes in this one.
+            gpus_per_worker: GPUs of each worker; null is one where the cluster has any.
+            cpus_per_worker: CPUs that Ray reserves for each worker.
+            ray_address: Address of the cluster; null is that of the environment, or one of this machine.
 
         Raises:
-            ConfigError: If the teacher is to score and keeps no scores, or with a shard; or if that is no `i/n`.
+            ConfigError: If the teacher is to score and keeps no scores, or with a shard; or if that is no `i/n`, or
+                workers can't be had.
         """
         model.shard = parse_shard(shard)
-        if score and shard is not None:
-            raise ConfigError(
-                "--score needs all responses, and --shard writes a part of them: score once all are there."
-            )
+        for flag, given in (("--shard", shard), ("--workers", workers)):
+            if score and given is not None:
+                raise ConfigError(
+                    f"--score needs all responses, and {flag} has each process write a part of them: score once all "
+                    "are there."
+                )
+        if workers is not None:
+            if shard is not None:
+                raise ConfigError("--workers gives each worker a shard: leave --shard out.")
+            self.workers = Workers(workers, gpus_per_worker, cpus_per_worker, ray_address)
+            return
         if score and (model.teacher is None or type(model.teacher).prepare is Teacher.prepare):
             found = "none" if model.teacher is None else f"a {type(model.teacher).__name__}"
             raise ConfigError(
@@ -77,8 +135,7 @@ class CurationTrainer(Trainer):
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it through a connector
         callbacks.append(curation)
         self.fit(model, datamodule=datamodule)
-        if self.is_global_zero:
-            print("\n".join(curation.report))
+        self.report = curation.report
 
 
 class Curation(Callback):
@@ -103,10 +160,7 @@ class Curation(Callback):
         pl_module.prepare_curation(loader.prompts)
         pl_module.curator.curate(first, generators)
         after = _counts(store)
-        self.report = [
-            f"{store.folder}: {count} responses by the {writer}, {before[writer]} of them were there already"
-            for writer, count in sorted(after.items())
-        ] or [f"{store.folder}: no responses, they all come with the data"]
+        self.report = _summary(store, before, after)
         if pl_module.shard[1] > 1:
             lacking = elsewhere(generators.values())
             number, shards = pl_module.shard
@@ -120,6 +174,14 @@ class Curation(Callback):
             rows += pl_module.curate(first) if pl_module.loss.needs_teacher else []
             self.report.append(f"the teacher's scores of {len(rows)} rows are kept")
         trainer.should_stop = True
+
+
+def _summary(store: ResponseStore, before: Counter[str], after: Counter[str]) -> list[str]:
+    """What a store holds, and held."""
+    return [
+        f"{store.folder}: {count} responses by the {writer}, {before[writer]} of them were there already"
+        for writer, count in sorted(after.items())
+    ] or [f"{store.folder}: no responses, they all come with the data"]
 
 
 def _counts(store: Any) -> Counter[str]:

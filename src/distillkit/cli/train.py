@@ -36,10 +36,11 @@ def run(verb: str, arguments: list[str]) -> int:
     Raises:
         ConfigError: If a config file or argument is wrong; no model has been loaded then.
     """
-    return launch(DistillCLI, verb, arguments, save_config_callback=SaveConfig)
+    launch(DistillCLI, verb, arguments, save_config_callback=SaveConfig)
+    return 0
 
 
-def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings: Any) -> int:
+def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings: Any) -> "DistillCLI":
     """Runs a verb of `cli`.
 
     Args:
@@ -49,16 +50,14 @@ def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings:
         settings: Further arguments of LightningCLI.
 
     Returns:
-        The exit status, 0.
+        The command line, when the verb is done.
 
     Raises:
         ConfigError: If a config file or argument is wrong; no model has been loaded then.
     """
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")  # Lightning's own, about torch's pytree
     files, rest = configs.split_arguments(arguments)
-    merged: configs.Config = {}
-    for file in files:
-        merged = configs.merge(merged, configs.load(file))
+    merged = configs.load_all(files)
     # A saved configuration has these, and a verb may have no such argument: they don't matter where they say nothing.
     merged = {key: value for key, value in merged.items() if value is not None or key not in _FIT_ONLY}
     _command.config, _command.arguments = merged, rest
@@ -66,7 +65,7 @@ def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings:
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "merged.yaml"
         resolved.write_text(yaml.safe_dump(merged, sort_keys=False))
-        cli(
+        return cli(
             DistillModule,
             DistillData,
             args=[verb, *([f"--config={resolved}"] if files else []), *rest],
@@ -78,7 +77,6 @@ def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings:
             parser_kwargs={"allow_abbrev": False},
             **settings,
         )
-    return 0
 
 
 class Parser(LightningArgumentParser):

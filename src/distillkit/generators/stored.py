@@ -78,6 +78,7 @@ class StoredGenerator(Generator):
         self.writer, self.inner, self.store, self.ranks = writer, inner, store, ranks
         self.fingerprint, self.current, self.refresh_inner = fingerprint, current, refresh_inner
         self.elsewhere: set[tuple[Provenance, str]] = set()
+        self.num_responses, self.num_tokens = 0, 0  # that this process wrote
 
     def refresh(self, model: nn.Module, tokenizer: Any) -> None:
         """Hands the weights on."""
@@ -136,6 +137,8 @@ class StoredGenerator(Generator):
                 num_tokens += sum(len(response.token_ids) for response in responses)
                 num_cut += sum(response.finish == "length" for response in responses)
         seconds = time.perf_counter() - start
+        self.num_responses += num_responses
+        self.num_tokens += num_tokens
         _log.info(
             "%s wrote %d responses in round %d: %d tokens in %.1f s, %.0f tokens/s; %d were cut at %d tokens; "
             "weights %s",
