@@ -80,6 +80,15 @@ BENCHMARKS = {
 }
 NOT_RUN_HERE |= BENCHMARKS
 
+PACKAGES = sorted((pages.ROOT / "plugins").glob("distillkit-*"))
+_PACKAGE = Elsewhere("would change this environment", "plugins/tests/test_packages.py")
+NOT_RUN_HERE |= {f"pip install ./plugins/{package.name}": _PACKAGE for package in PACKAGES}
+NOT_RUN_HERE |= {
+    f"distillkit fit --config pair.yaml --config pkg:{file.parent.name}/{file.name}": _PACKAGE
+    for package in PACKAGES
+    for file in package.glob("*/*.yaml")
+}
+
 # The plugin of the README, as a distribution's folder holds it.
 PLUGIN = ("distillkit_hellinger.py", "pyproject.toml")
 

@@ -1,5 +1,6 @@
 """The module and the command in whole runs of tiny models."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from distillkit.curators.paired import PairedCurator
 from distillkit.curators.single import DatasetCurator, StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.generators.in_process import TransformersGenerator
-from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL
+from distillkit.interfaces import Schedule
+from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL, WeightedSum
 from distillkit.teachers.in_process import TransformersTeacher
+from distillkit.types import Progress, Summary
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from tiny_runs import QUIET, MemoryLogger, save_models, write_prompts
 
@@ -104,6 +107,30 @@ def test_figures_before_training_are_logged_at_step_0(folder: Path, tmp_path: Pa
     assert set(held_out[0][1]) == {"val/kl", "val/nll", "val/acceptance", "val/rouge_l"}
     assert [row["step"] for row in module.history] == [0, 2]
     assert len(held_out) == 2
+
+
+class Watching(Schedule):
+    """Keeps the names of what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, list[str]]] = []
+
+    @property
+    def value(self) -> torch.Tensor:
+        return torch.tensor(0.1)
+
+    def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
+        self.told.append((progress.step, sorted(metrics)))
+
+
+def test_schedules_are_told_of_each_step_and_of_each_validation(folder: Path, tmp_path: Path) -> None:
+    beta = Watching()
+    fit(folder, tmp_path, built(folder, loss=WeightedSum([DistiLLM2(beta=beta)], [1.0])), num_sanity_val_steps=-1)
+    held_out = ["val/acceptance", "val/kl", "val/nll", "val/rouge_l"]
+    steps = [step for step, names in beta.told if names != held_out and names]
+    validations = [step for step, names in beta.told if names == held_out]
+    assert (steps, validations) == ([1, 2], [0, 2])
 
 
 def test_a_sanity_check_of_a_few_batches_logs_nothing(folder: Path, tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ class Schedule(nn.Module, ABC):
 
     @abstractmethod
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
-        """Moves to `progress`. Called before the first step with no metrics, then after each optimizer step.
+        """Moves to `progress`. Called before the first step with no metrics, after each optimizer step and validation.
 
         Args:
             progress: Steps done and steps in all.
-            metrics: What the loss reported in the step that ended, over all ranks.
+            metrics: What the loss reported in the step that ended, over all ranks; after a validation its figures
+                alone, as `val/kl`, `val/nll`, `val/acceptance` and `val/rouge_l`.
         """
 
     def for_rows(self, gap: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The one LightningModule: curate, score with the student, score with the teacher, compare."""
 
+from collections.abc import Mapping
 from functools import cached_property, partial, partialmethod
 from typing import Any
 
@@ -174,18 +175,18 @@ class DistillModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Puts the schedules, and the random numbers of a resumed run, where the run stands."""
-        self._move(self.trainer.global_step)
+        self._move(self.trainer.global_step, {})
         resume.restore_random(self._saved.get("random", []), self.global_rank, self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then moves the schedules: before a checkpoint of this step can be written."""
         super().optimizer_step(*args, **kwargs)
         self._step = self.meter.reduce()
-        self._move(self.trainer.global_step + 1)
+        self._move(self.trainer.global_step + 1, self._step)
 
-    def _move(self, step: int) -> None:
+    def _move(self, step: int, metrics: Mapping[str, Summary]) -> None:
         for part in (self.loss, self.curator):
-            part.update(Progress(step, int(self.trainer.estimated_stepping_batches)), self._step)
+            part.update(Progress(step, int(self.trainer.estimated_stepping_batches)), metrics)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Logs what the step's loss reported, and what the generators counted while they wrote the round."""
@@ -200,7 +201,9 @@ class DistillModule(LightningModule):
     def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out figures."""
         self.rounds.wait()  # one engine writes the student's rounds and its answers
-        self.validation.finish(self, self.writers.refreshed_student(), prefix)
+        figures = self.validation.finish(self, self.writers.refreshed_student(), prefix)
+        if self.trainer.state.fn == "fit":
+            self._move(self.trainer.global_step, figures)
 
     test_step = validation_step
     on_test_epoch_end = partialmethod(on_validation_epoch_end, "test/")

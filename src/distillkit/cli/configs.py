@@ -3,6 +3,7 @@
 This runs before jsonargparse sees anything, imports nothing heavy, and leaves every check of keys and values to it.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +24,13 @@ def load(path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
     file itself over all of them. `${config_dir}` in a value stands for the folder of the file that it is written in.
 
     Args:
-        path: YAML file.
+        path: YAML file, or `pkg:PACKAGE/FILE` for one that an installed package holds.
         chain: Files that led here, the outermost first.
 
     Raises:
         ConfigError: If a file is missing, is no valid YAML mapping, or names itself through its bases.
     """
-    path = Path(path)
+    path = located(path)
     if not path.is_file():
         origin = f", the base of {chain[-1]}," if chain else ""
         raise ConfigError(f"Config file {path}{origin} does not exist.")
@@ -45,8 +46,31 @@ def load(path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
     bases = own.pop("base", [])
     merged: Config = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = merge(merged, load(path.parent / base, (*chain, path.resolve())))
+        own_base = base if str(base).startswith(_PACKAGE) else path.parent / base
+        merged = merge(merged, load(own_base, (*chain, path.resolve())))
     return merge(merged, own)
+
+
+_PACKAGE = "pkg:"
+
+
+def located(path: str | Path) -> Path:
+    """The file that a path names; `pkg:PACKAGE/FILE` is a file of an installed package, which is not imported.
+
+    Raises:
+        ConfigError: If there is no such package.
+    """
+    text = str(path)
+    if not text.startswith(_PACKAGE):
+        return Path(path)
+    package, _, file = text.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"Config file {text} is in a package {package!r}, which is not installed: {_PACKAGE}PACKAGE/FILE names a "
+            "file of an installed one."
+        )
+    return Path(spec.submodule_search_locations[0]) / file
 
 
 def merge(below: Config, above: Config) -> Config:

@@ -65,7 +65,8 @@ class ReplayCurator(WrappedCurator):
         """The rows for each prompt, fresh ones or others in their place."""
         buffer, share = self._buffer(prompts.round), self.replay.at(prompts.round)
         share = share if len(buffer) == self.capacity else 0.0
-        replayed = [drawn(self.seed, prompts.round, prompt.id) < share for prompt in prompts]
+        # Not the draw by which a MixedCurator of the same seed has chosen these prompts.
+        replayed = [drawn(self.seed, prompts.round, f"replay/{prompt.id}") < share for prompt in prompts]
         asked = Prompts(tuple(p for p, old in zip(prompts, replayed, strict=True) if not old), prompts.round)
         rows = self.curator.curate(asked, generators) if asked else []
         size = len(rows) // len(asked) if asked else 0

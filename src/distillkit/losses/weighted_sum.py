@@ -47,11 +47,12 @@ class WeightedSum(Loss):
         return torch.cat([loss.units(batch).reshape(-1) for loss in self._parts()])
 
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
-        """Hands each part its own metrics."""
+        """Hands each part its own metrics, and all of them those of a validation."""
+        of_all = {name: value for name, value in metrics.items() if name.startswith("val/")}
         for place, loss in enumerate(self._parts()):
             prefix = f"{place}_{type(loss).__name__}/"
             own = {name[len(prefix) :]: value for name, value in metrics.items() if name.startswith(prefix)}
-            loss.update(progress, own)
+            loss.update(progress, own | of_all)
 
     def _parts(self) -> Sequence[Loss]:
         return tuple(self.losses)  # type: ignore[arg-type]

@@ -1,4 +1,8 @@
-"""Whole runs whose student writes through vLLM's own engine. Minutes, in an environment with vLLM."""
+"""Whole runs whose student writes through vLLM's own engine. Minutes, in an environment with vLLM.
+
+They come before the tests of the engine alone, one of which drafts from n-grams: no engine can be started in the same
+process after that, because vLLM 0.32 then looks into numba's modules and stumbles over what it finds there.
+"""
 
 import logging
 from pathlib import Path

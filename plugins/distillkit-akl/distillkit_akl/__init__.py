@@ -1,0 +1,1 @@
+"""Adaptive KL (AKL) as a distillkit loss."""

@@ -1,0 +1,1 @@
+"""Concrete score distillation (CSD) as a distillkit loss."""

@@ -1,0 +1,1 @@
+"""DistiLLM's adaptive off-policy training for distillkit."""

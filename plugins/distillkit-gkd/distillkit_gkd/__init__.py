@@ -1,0 +1,1 @@
+"""Generalized knowledge distillation (GKD) for distillkit."""

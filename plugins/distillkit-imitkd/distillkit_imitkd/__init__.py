@@ -1,0 +1,1 @@
+"""Imitation-based knowledge distillation (ImitKD) for distillkit."""

@@ -1,0 +1,1 @@
+"""On-policy distillation (OPD), exact and by single samples, for distillkit."""

@@ -1,0 +1,1 @@
+"""Speculative knowledge distillation (SKD) for distillkit."""

@@ -1,0 +1,1 @@
+"""Temporally adaptive interpolated distillation (TAID) as a distillkit loss."""
