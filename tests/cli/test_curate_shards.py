@@ -149,7 +149,7 @@ def test_a_part_of_the_responses_is_not_scored(
 ) -> None:
     monkeypatch.setattr("logging.raiseExceptions", False)
     assert main(["curate", "--config", config(folder, "refused"), "--shard=1/2", "--score"]) == 1
-    assert "--score needs all responses, and --shard writes a part of them" in capsys.readouterr().err
+    assert "--score needs all responses, and --shard has each process write a part of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
