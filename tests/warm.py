@@ -8,7 +8,8 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-HEAVY = ("lightning.pytorch.cli", "transformers", "distillkit.cli.train", "distillkit.testing")
+HEAVY = ("lightning.pytorch.cli", "distillkit.cli.train", "distillkit.testing", "peft", "pandas", "matplotlib.figure",
+    "torch.utils.tensorboard", "transformers.trainer_utils", "transformers.models.llama.modeling_llama")  # fmt: skip
 
 
 class Warm:
