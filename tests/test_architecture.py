@@ -35,10 +35,10 @@ PARTS = {
         "VLLMGenerator",
     },
     "teacher": {"CachedTeacher", "TransformersTeacher"},
-    "verifier": {"MeanLogProb", "NumericAnswer", "TargetLength"},
+    "verifier": {"Distinct", "MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "store", "plugins", "new-plugin"}
+VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "store", "plugins", "new-plugin"}
 
 CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
 

@@ -142,8 +142,10 @@ def write_config(path: Path, config: dict[str, Any]) -> str:
 # in a tenth of a second instead of eight.
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distillkit.cli.train", "peft", "pandas", "torch.utils.tensorboard",
-    "transformers.trainer_utils", "transformers.models.llama.modeling_llama", "distillkit.callbacks.curves"])  # fmt: skip
+_context.set_forkserver_preload([
+    "distillkit.cli.train", "distillkit.callbacks.curves", "peft", "pandas", "torch.utils.tensorboard",
+    "transformers.trainer_utils", "transformers.models.llama.modeling_llama",
+])  # fmt: skip
 
 
 @contextmanager

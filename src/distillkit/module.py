@@ -22,7 +22,7 @@ from distillkit.evaluation.validation import Validation
 from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.stored import Ranks
 from distillkit.generators.writers import Writers
-from distillkit.interfaces import Curator, Generator, Loss, Teacher
+from distillkit.interfaces import Curator, Generator, Loss, Teacher, Verifier
 from distillkit.models.scoring import check_head, score, share_vocab, side_by_side
 from distillkit.models.student import Student
 from distillkit.models.tokenizers import require_same
@@ -48,6 +48,7 @@ class DistillModule(LightningModule):
         slicing: How the loss is run over positions; None is as `Slicing` has it.
         overlap: Whether a round is written while the one before is trained on, by a copy of the student that lags by
             that round: False, True on the device that trains, or another device for the copy, such as `cuda:1`.
+        metrics: Judges of the student's answers to held-out prompts, each by the name under which it is logged.
 
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, the generator can't write for either
@@ -68,6 +69,7 @@ class DistillModule(LightningModule):
         store: str | None = None,
         slicing: Slicing | None = None,
         overlap: bool | str = False,
+        metrics: dict[str, Verifier] | None = None,
     ) -> None:
         super().__init__()
         self.curator = curator or DatasetCurator()
@@ -77,7 +79,7 @@ class DistillModule(LightningModule):
         self.generator = generator or TransformersGenerator()
         self.optimizer, self.lr_schedule, self.warmup, self.store = optimizer, lr_schedule, warmup, store
         self.student: Any = None  # a transformers model, once `configure_model` has run
-        self.held_out, self.meter = HeldOut(), StepMeter()
+        self.held_out, self.meter = HeldOut(metrics), StepMeter()
         self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
         self.answers, self.history = self.validation.sampling, self.validation.history
         check_parts(loss, teacher, self.curator, self.generator, self.answers)

@@ -8,6 +8,7 @@ from distillkit.data.loader import RoundLoader
 from distillkit.data.module import DistillData
 from distillkit.data.records import Source
 from distillkit.errors import ConfigError, DataError, ModelError
+from distillkit.evaluation.heldout import HeldOut
 from distillkit.types import Row
 from tiny import tiny_tokenizer
 
@@ -36,6 +37,7 @@ def attached(data, rank=0, world=1, accumulate=1, teacher=None, curator=None, to
         tokenizer=tokenizer, teacher=teacher, curator=curator, overlap=False, prepare_curation=lambda prompts: None,
         curate=lambda prompts: DatasetCurator().curate(prompts, {}),
         held_out_rows=lambda prompts: [Row((7, 8), (False, True), "teacher", prompt.id) for prompt in prompts],
+        held_out=HeldOut(),
     )  # fmt: skip
     data.trainer = SimpleNamespace(
         lightning_module=module, global_rank=rank, world_size=world, accumulate_grad_batches=accumulate, current_epoch=2

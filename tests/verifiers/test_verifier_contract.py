@@ -9,7 +9,7 @@ INSTALLED = registry.available("verifier")
 
 
 def test_all_built_in_verifiers_are_installed():
-    assert {"MeanLogProb", "NumericAnswer", "TargetLength"} <= set(INSTALLED)
+    assert {"Distinct", "MeanLogProb", "NumericAnswer", "TargetLength"} <= set(INSTALLED)
 
 
 @pytest.mark.parametrize("name", INSTALLED)

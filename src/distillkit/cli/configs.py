@@ -112,9 +112,9 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 PART_KEYS = {
     "loss": "loss", "losses": "loss", "curator": "curator", "chosen": "curator", "rejected": "curator",
     "generator": "generator", "teacher": "teacher", "alpha": "schedule", "beta": "schedule", "verifier": "verifier",
-    "parts": "curator", "shares": "schedule", "replay": "schedule",
+    "parts": "curator", "shares": "schedule", "replay": "schedule", "metrics.": "verifier",
 }  # fmt: skip
-"""Keys of the built-in parts that take a part, and its kind."""
+"""Keys of the built-in parts that take a part, and its kind; one with a full stop takes parts by names."""
 
 
 def named_parts(config: Config, arguments: list[str]) -> list[type]:
@@ -133,8 +133,8 @@ def named_parts(config: Config, arguments: list[str]) -> list[type]:
     installed = {entry.name: entry.kind for entry in registry.entries()}
     found: dict[str, type] = {}
     for path, name in (*_names(config), *_argument_names(arguments)):
-        key = re.sub(r"(\.class_path|\[\d+\])+$", "", path).rpartition(".")[2]
-        kind = installed.get(name) or PART_KEYS.get(key)
+        _, above, key = re.sub(r"(\.class_path|\[\d+\])+$", "", ".." + path).rsplit(".", 2)
+        kind = installed.get(name) or PART_KEYS.get(key) or PART_KEYS.get(f"{above}.")
         if not name.isidentifier() or kind is None or name in found:
             continue
         try:
@@ -150,7 +150,8 @@ def _names(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             here = path if key == "init_args" else f"{path}.{key}".lstrip(".")
             if isinstance(inner, str):
-                if key == "class_path" or key in PART_KEYS:
+                above = f"{path.rpartition('.')[2]}."
+                if key == "class_path" or key in PART_KEYS or above in PART_KEYS:
                     yield here, inner
             else:
                 yield from _names(inner, here)
@@ -165,8 +166,19 @@ def _argument_names(arguments: list[str]) -> Iterator[tuple[str, str]]:
         if argument.startswith("--"):
             key, given, value = argument[2:].partition("=")
             value = value if given else "".join(arguments[place + 1 : place + 2])
-            if key.endswith("class_path") or key.rpartition(".")[2] in PART_KEYS:
+            if value.startswith(("{", "[")):
+                yield from _names(_parsed(value), key)
+            above, _, last = key.rpartition(".")
+            if last == "class_path" or last in PART_KEYS or f"{above.rpartition('.')[2]}." in PART_KEYS:
                 yield key.replace(".init_args", ""), value
+
+
+def _parsed(text: str) -> Any:
+    """A value as YAML; jsonargparse says what is wrong with one that is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def path_of(config: Any, key: str, above: str = "") -> str:

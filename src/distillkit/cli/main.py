@@ -9,6 +9,7 @@ VERBS = {
     "curate": "write the responses of the first round ahead of training",
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
+    "evaluate": "measure a student on held-out prompts, and write down what was found",
     "store": "look into response stores, join and export them",
     "plugins": "list the installed parts",
     "new-plugin": "write a package with a part of your own",
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
             from distillkit.cli import curate
 
             return curate.run(rest)
+        if verb == "evaluate":
+            from distillkit.cli import evaluate
+
+            return evaluate.run(rest)
         if verb in VERBS:
             from distillkit.cli import train
 

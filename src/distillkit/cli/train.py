@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,13 +41,20 @@ def run(verb: str, arguments: list[str]) -> int:
     return 0
 
 
-def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings: Any) -> "DistillCLI":
+def launch(
+    cli: "type[DistillCLI]",
+    verb: str,
+    arguments: list[str],
+    adapt: Callable[[configs.Config], configs.Config] = lambda config: config,
+    **settings: Any,
+) -> "DistillCLI":
     """Runs a verb of `cli`.
 
     Args:
         cli: Parses the configuration and runs the verb.
         verb: The verb.
         arguments: The arguments that follow it.
+        adapt: Changes the merged configuration before it is parsed.
         settings: Further arguments of LightningCLI.
 
     Returns:
@@ -57,7 +65,7 @@ def launch(cli: "type[DistillCLI]", verb: str, arguments: list[str], **settings:
     """
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).*")  # Lightning's own, about torch's pytree
     files, rest = configs.split_arguments(arguments)
-    merged = configs.load_all(files)
+    merged = adapt(configs.load_all(files))
     # A saved configuration has these, and a verb may have no such argument: they don't matter where they say nothing.
     merged = {key: value for key, value in merged.items() if value is not None or key not in _FIT_ONLY}
     _command.config, _command.arguments = merged, rest

@@ -111,9 +111,13 @@ class DistillData(LightningDataModule):
         for name, records in self._records.items():
             if name not in used or name in self.prompts:
                 continue
-            needs_reference = module.curator.needs_reference if name == "train" else module.teacher is None
-            if needs_reference:
-                _require_responses(records, "the curator" if name == "train" else "validation without a teacher")
+            if name == "train":
+                who = "the curator" if module.curator.needs_reference else ""
+            else:
+                who = "validation without a teacher" if module.teacher is None else ""
+                who = who or ("one of model.metrics" if module.held_out.needs_reference else "")
+            if who:
+                _require_responses(records, who)
             prompts, report = encode_all(
                 records, module.tokenizer, ends, chat=self.chat, system=self.system,
                 max_length=self.max_length, overlong=self.overlong,
@@ -122,6 +126,8 @@ class DistillData(LightningDataModule):
             if not prompts:
                 raise DataError(f"Every {name} prompt is longer than `data.max_length: {self.max_length}`: raise it.")
             self.prompts[name] = Prompts(tuple(prompts))
+            if name != "train":
+                module.held_out.check(self.prompts[name])
 
     def train_dataloader(self) -> RoundLoader:
         """Batches of the module's current round."""
