@@ -40,7 +40,7 @@ PARTS = {
 
 VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "store", "plugins", "new-plugin"}
 
-CALLBACKS = {"Answers", "Export", "RunCheckpoint", "Throughput"}
+CALLBACKS = {"Answers", "Budget", "Export", "FiniteLoss", "RunCheckpoint", "Throughput"}
 
 METHODS = {"distillm2", "distillm2-as-released", "dpkd", "kd", "rkl", "seqkd", "sft", "skl", "speculative_kd"}
 

@@ -171,12 +171,12 @@ def assert_both_sessions_are_logged(resumed: Path, alone: Path, killed_after: in
 # Checkpoints are written after steps 2, 4, 6, 8 and 9. Step 6 is the last of the second epoch.
 @pytest.mark.parametrize(("case", "step"), [
     ("a round an epoch", 5),
-    ("a round an epoch", 7),
+    pytest.param("a round an epoch", 7, marks=pytest.mark.slow),
     pytest.param("a round every two steps", 3, marks=pytest.mark.slow),
     ("a round every two steps", 5),  # from within a round
     ("dropout", 5),
-    ("replay and mixing by schedule", 5),
-    ("written ahead", 3),
+    pytest.param("replay and mixing by schedule", 5, marks=pytest.mark.slow),
+    pytest.param("written ahead", 3, marks=pytest.mark.slow),
     ("written ahead", 5),
 ])  # fmt: skip
 def test_a_run_killed_in_an_epoch_ends_as_if_nothing_had_happened(

@@ -42,5 +42,9 @@ class GenerationError(DistillKitError):
         self.finished = tuple(finished)
 
 
+class TrainingError(DistillKitError):
+    """Training can't go on: its loss is no number."""
+
+
 class ServerError(DistillKitError):
     """A server can't be reached, refuses, or does not answer as it should."""

@@ -1,6 +1,6 @@
 """The one LightningModule: curate, score with the student, score with the teacher, compare."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial, partialmethod
 from typing import Any
 
@@ -87,6 +87,7 @@ class DistillModule(LightningModule):
         self._saved: dict[str, Any] = {}
         self._step: dict[str, Summary] = {}
         self._units, self._vocab = torch.ones(1), 0
+        self.share_done: Callable[[int], float] | None = None  # of a run that a budget ends, after so many steps
         self.shard = (0, 1)  # which part of the responses this run writes, of how many
 
     @cached_property
@@ -116,7 +117,8 @@ class DistillModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, and the learning rate's shape."""
         optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
-        return with_schedule(optimizer, self.lr_schedule, self.warmup, int(self.trainer.estimated_stepping_batches))
+        total = self.share_done or int(self.trainer.estimated_stepping_batches)
+        return with_schedule(optimizer, self.lr_schedule, self.warmup, total)
 
     @cached_property
     def writers(self) -> Writers:
@@ -132,7 +134,7 @@ class DistillModule(LightningModule):
 
     def prepare_curation(self, prompts: Prompts) -> None:
         """Has everything written that is written once."""
-        self.curator.prepare(prompts, self.writers.generators)
+        self.rounds.prepare(prompts)
 
     @cached_property
     def rounds(self) -> Rounds:
@@ -186,9 +188,15 @@ class DistillModule(LightningModule):
         self._step = self.meter.reduce()
         self._move(self.trainer.global_step + 1, self._step)
 
+    def _progress(self, step: int) -> Progress:
+        if self.share_done is None:
+            return Progress(step, int(self.trainer.estimated_stepping_batches))
+        share = self.share_done(step)
+        return Progress(step, step / share if share > 0 else float("inf"))
+
     def _move(self, step: int, metrics: Mapping[str, Summary]) -> None:
         for part in (self.loss, self.curator):
-            part.update(Progress(step, int(self.trainer.estimated_stepping_batches)), metrics)
+            part.update(self._progress(step), metrics)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Logs what the step's loss reported, and what the generators counted while they wrote the round."""

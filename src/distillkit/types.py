@@ -388,11 +388,11 @@ class Progress:
 
     Args:
         step: Optimizer steps done.
-        total: Optimizer steps of the whole run.
+        total: Optimizer steps of the whole run; where a budget ends it, as many as it will come to at this rate.
     """
 
     step: int
-    total: int
+    total: float
 
     @property
     def fraction(self) -> float:

@@ -60,8 +60,15 @@ class Rounds:
             self.ahead = device if overlap is True else torch.device(overlap)
             writers.ranks.barrier = _own_barrier()
         self.figures: dict[str, float] = {}
+        self.seconds = 0.0  # that training waited for rows
         self.taken: dict[int, int] = {}  # the step at which the weights of the last two rounds were taken
         self._begun: tuple[int, Future[Written]] | None = None
+
+    def prepare(self, prompts: Prompts) -> None:
+        """Has what is written once written for all prompts of the run."""
+        start = time.perf_counter()
+        self.curator.prepare(prompts, self.writers.generators)
+        self.seconds += time.perf_counter() - start
 
     def rows(self, prompts: Prompts) -> list[Row]:
         """The rows of a round: those that were written ahead, or written now."""
@@ -83,6 +90,7 @@ class Rounds:
             )  # fmt: skip
             written.figures["lag"] = float(lag)
         self.figures = written.figures
+        self.seconds += time.perf_counter() - start
         return list(written.rows)
 
     def begin(self, prompts: Prompts) -> None:
