@@ -38,7 +38,7 @@ PARTS = {
     "verifier": {"Distinct", "MeanLogProb", "NumericAnswer", "TargetLength"},
 }  # fmt: skip
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "store", "plugins", "new-plugin"}
+VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "compare", "store", "plugins", "new-plugin"}
 
 CALLBACKS = {"Answers", "Budget", "Export", "FiniteLoss", "RunCheckpoint", "Throughput"}
 

@@ -161,4 +161,4 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path, models: Path, capsys:
 
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fitt"]) == 2
-    assert "fit, curate, validate, test, evaluate, store, plugins" in capsys.readouterr().err
+    assert "fit, curate, validate, test, evaluate, compare, store, plugins" in capsys.readouterr().err

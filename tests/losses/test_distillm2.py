@@ -301,3 +301,15 @@ def test_other_schedules_can_be_given():
 def test_refuses_a_setting_outside_its_range(settings, message):
     with pytest.raises(ConfigError, match=message):
         DistiLLM2(**settings)
+
+
+@pytest.mark.parametrize("writer", ["speculative", "stronger", "dataset"])
+def test_others_responses_stand_in_the_place_of_the_teachers(writer):
+    of_teacher, of_other = (make_batch((2, 3), (name, "student"), (0, 0), V) for name in ("teacher", writer))
+    p, q = [0.5, 0.125, 0.5, 0.5, 0.25], [0.25, 0.0625, 0.875, 0.5, 0.5]
+    expected = DistiLLM2()(scores(of_teacher, q), scores(of_teacher, p), of_teacher)
+    found = DistiLLM2()(scores(of_other, q), scores(of_other, p), of_other)
+    assert torch.equal(found.total, expected.total)
+    assert torch.equal(found.units, expected.units)
+    assert expected.units.tolist() == [1, 1]
+    assert found.metrics["gap_teacher"].tolist() == expected.metrics["gap_teacher"].tolist() != []

@@ -110,3 +110,10 @@ def test_refuses_a_prompt_without_both_responses(writers):
 def test_refuses_a_beta_that_is_not_above_zero(beta):
     with pytest.raises(ConfigError, match=r"DPKD\.beta must be above 0"):
         DPKD(beta=beta)
+
+
+def test_others_responses_stand_in_the_place_of_the_teachers(logits):
+    student, teacher = (Scores.from_logits(own) for own in logits)
+    writers = [{"teacher": "speculative"}.get(name, name) for name in WRITERS]
+    of_other = make_batch((3, 1, 2, 4, 2, 0), writers, (0, 0, 1, 1, 2, 2), V)
+    assert torch.equal(DPKD()(student, teacher, of_other).total, DPKD()(student, teacher, BATCH).total)

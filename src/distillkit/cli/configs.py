@@ -30,6 +30,19 @@ def load(path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
     Raises:
         ConfigError: If a file is missing, is no valid YAML mapping, or names itself through its bases.
     """
+    return resolved(read(path, chain), path, chain)
+
+
+def read(path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
+    """The keys and values of one file, as they stand in it.
+
+    Args:
+        path: YAML file, or `pkg:PACKAGE/FILE` for one that an installed package holds.
+        chain: Files that led here, the outermost first.
+
+    Raises:
+        ConfigError: If the file is missing or no valid YAML mapping, or among those that led here.
+    """
     path = located(path)
     if not path.is_file():
         origin = f", the base of {chain[-1]}," if chain else ""
@@ -43,12 +56,27 @@ def load(path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
         raise ConfigError(f"Config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise ConfigError(f"Config file {path} must hold keys and values, got {type(own).__name__}.")
-    bases = own.pop("base", [])
+    return own
+
+
+def resolved(own: Config, path: str | Path, chain: tuple[Path, ...] = ()) -> Config:
+    """A configuration that stands in a file, with its bases merged beneath it.
+
+    Args:
+        own: The configuration.
+        path: The file.
+        chain: Files that led there, the outermost first.
+
+    Raises:
+        ConfigError: As `load` does.
+    """
+    path = located(path)
+    bases = own.get("base", [])
     merged: Config = {}
     for base in [bases] if isinstance(bases, str) else bases:
         own_base = base if str(base).startswith(_PACKAGE) else path.parent / base
         merged = merge(merged, load(own_base, (*chain, path.resolve())))
-    return merge(merged, own)
+    return merge(merged, {key: value for key, value in own.items() if key != "base"})
 
 
 _PACKAGE = "pkg:"

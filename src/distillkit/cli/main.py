@@ -10,6 +10,7 @@ VERBS = {
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
     "evaluate": "measure a student on held-out prompts, and write down what was found",
+    "compare": "train several methods at equal cost, and write a report of them",
     "store": "look into response stores, join and export them",
     "plugins": "list the installed parts",
     "new-plugin": "write a package with a part of your own",
@@ -45,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
             from distillkit.cli import curate
 
             return curate.run(rest)
+        if verb == "compare":
+            from distillkit.cli import compare
+
+            return compare.run(rest)
         if verb == "evaluate":
             from distillkit.cli import evaluate
 

@@ -10,7 +10,7 @@ from distillkit import divergences, gradients
 from distillkit.interfaces import Loss, Schedule
 from distillkit.losses.likelihood import target_log_probs
 from distillkit.losses.slicing import Sliced, row_slices
-from distillkit.losses.token import checked_reduction, checked_share, count_units, position_weights
+from distillkit.losses.token import checked_reduction, checked_share, count_units, position_weights, side_of
 from distillkit.schedules import AdaptiveAlpha, Constant, Linear
 from distillkit.types import Batch, LossOutput, Progress, Reduction, Scores, Summary
 
@@ -21,8 +21,8 @@ class DistiLLM2(Loss):
     """Skew KL pulls the student up on the teacher's responses, skew reverse KL pushes it down on its own.
 
     L = (1−β)·SKL_α(y_t) + β·SRKL_α(y_s), each term a mean over the global batch of its own responses. α is a number per
-    row (`AdaptiveAlpha`, with a reference gap of its own for each term), β grows with training. Rows that neither the
-    teacher nor the student wrote are in neither term.
+    row (`AdaptiveAlpha`, with a reference gap of its own for each term), β grows with training. Responses that the
+    teacher and the student wrote together, a stronger model's and the data's stand in the place of the teacher's.
 
     Ko et al. 2025 (DistiLLM-2), arXiv 2503.07067, equation 7 and section 3.3. The code released with the paper computes
     (2−b)·SKL + b·SRKL with b from 1 to 1.5, which is 2·L with β = b/2, and leaves both schedules switched off.
@@ -137,14 +137,14 @@ class DistiLLM2(Loss):
 
 
 def _lengths(batch: Batch, side: str) -> tuple[int, ...]:
-    return tuple(length for length, writer in zip(batch.lengths, batch.writer, strict=True) if writer == side)
+    return tuple(length for length, writer in zip(batch.lengths, batch.writer, strict=True) if side_of(writer) == side)
 
 
 def _positions(batch: Batch, side: str) -> Tensor:
     """`[n]` places among the N positions of the rows that `side` wrote; made on the host."""
     starts = torch.tensor((0, *batch.lengths)).cumsum(0).tolist()
     chosen = [torch.arange(start, start + length) for start, length, writer in
-              zip(starts, batch.lengths, batch.writer, strict=False) if writer == side]  # fmt: skip
+              zip(starts, batch.lengths, batch.writer, strict=False) if side_of(writer) == side]  # fmt: skip
     index = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
     return index.to(batch.rows.device, non_blocking=True)
 

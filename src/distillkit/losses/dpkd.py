@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 from distillkit.errors import ConfigError, DataError
 from distillkit.interfaces import Loss
 from distillkit.losses.likelihood import row_means, target_log_probs
+from distillkit.losses.token import side_of
 from distillkit.types import Batch, LossOutput, Scores
 
 
@@ -54,8 +55,9 @@ class DPKD(Loss):
 
 
 def _pairs(batch: Batch) -> tuple[list[int], list[int]]:
-    """Rows of the teacher's and of the student's responses, pair by pair."""
-    rows = {(pair, writer): row for row, (pair, writer) in enumerate(zip(batch.pair, batch.writer, strict=True))}
+    """Rows of the teacher's and of the student's responses, pair by pair; others' stand in the place of the teacher's."""
+    sides = [(pair, side_of(writer)) for pair, writer in zip(batch.pair, batch.writer, strict=True)]
+    rows = {side: row for row, side in enumerate(sides)}
     pairs = sorted(set(batch.pair))
     missing = [pair for pair in pairs for writer in ("teacher", "student") if (pair, writer) not in rows]
     if missing:

@@ -102,6 +102,16 @@ def checked_share(name: str, value: float, upper_closed: bool = False) -> float:
     return value
 
 
+def side_of(writer: str) -> str:
+    """The side of a contrastive loss that a response is on.
+
+    Returns:
+        `student` for the student's own, which it is pushed down on; `teacher` for all others, which it is pulled up on:
+        the teacher's, a draft of the student's that the teacher corrected, a stronger model's, the data's.
+    """
+    return "student" if writer == "student" else "teacher"
+
+
 def count_units(lengths: tuple[int, ...], reduction: Reduction) -> Tensor:
     """Units of rows with `lengths` positions each, `[]` float64: rows that have a position, or positions."""
     count = sum(lengths) if reduction == "token_mean" else sum(length > 0 for length in lengths)
