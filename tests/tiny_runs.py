@@ -179,6 +179,14 @@ def command(arguments: list[str]) -> int:
         return finish(child)
 
 
+def logged(log: str, arguments: list[str]) -> int:
+    """The command with its output at the end of a file; for a process of its own."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    return main(arguments)
+
+
 def on_two_ranks(target: Callable[..., Any], *args: Any, status: int = 0) -> None:
     """Runs `target` in two processes, which a Trainer with `strategy="ddp", devices=2` takes for its ranks.
 

@@ -117,8 +117,7 @@ class DistillModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, and the learning rate's shape."""
         optimizer = self.optimizer([p for p in self.student.parameters() if p.requires_grad])
-        total = self.share_done or int(self.trainer.estimated_stepping_batches)
-        return with_schedule(optimizer, self.lr_schedule, self.warmup, total)
+        return with_schedule(optimizer, self.lr_schedule, self.warmup, self.share_done or self._total_steps())
 
     @cached_property
     def writers(self) -> Writers:
@@ -190,9 +189,15 @@ class DistillModule(LightningModule):
 
     def _progress(self, step: int) -> Progress:
         if self.share_done is None:
-            return Progress(step, int(self.trainer.estimated_stepping_batches))
+            return Progress(step, self._total_steps())
         share = self.share_done(step)
         return Progress(step, step / share if share > 0 else float("inf"))
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ConfigError("Training has no end: set trainer.max_epochs, trainer.max_steps, or a Budget.")
+        return int(total)
 
     def _move(self, step: int, metrics: Mapping[str, Summary]) -> None:
         for part in (self.loss, self.curator):

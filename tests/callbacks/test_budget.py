@@ -117,6 +117,12 @@ def test_seconds_end_it_too(folder: Path, tmp_path: Path) -> None:
     assert watch.rates[-1] < 0.7 * watch.rates[0]
 
 
+def test_so_do_steps_and_the_last_is_validated_in_the_middle_of_an_epoch(folder: Path, tmp_path: Path) -> None:
+    _, watch, _ = fit(folder, tmp_path, Budget(steps=4), CrossEntropy())
+    assert watch.rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert watch.validated == [3, 4]
+
+
 def test_what_it_has_cost_is_written_down(folder: Path, tmp_path: Path) -> None:
     module, watch, logger = fit(folder, tmp_path, Budget(), max_epochs=2)
     usage = json.loads((tmp_path / USAGE).read_text())
@@ -175,8 +181,9 @@ def test_a_killed_run_goes_on_with_what_it_has_spent(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"tokens": 1, "seconds": 1.0}, "Budget takes tokens or seconds, got both"),
-    ({"tokens": 0}, "Budget.tokens must be at least 1, got 0"),
+    ({"tokens": 1, "seconds": 1.0}, "Budget takes one limit, got tokens and seconds: leave the others out"),
+    ({"tokens": 0}, "Budget.tokens must be above 0, got 0"),
+    ({"steps": -1}, "Budget.steps must be above 0, got -1"),
     ({"seconds": 0.0}, "Budget.seconds must be above 0, got 0.0"),
     ({"seconds": math.nan}, "Budget.seconds must be above 0, got nan"),
 ])  # fmt: skip
@@ -213,3 +220,10 @@ class Broken(CrossEntropy):
 def test_a_loss_that_is_no_number_ends_the_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="The loss was nan in step 2 on rank 0: lower the learning rate"):
         fit(folder, tmp_path, Budget(), Broken(), max_epochs=1)
+
+
+def test_a_run_without_an_end_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Training has no end: set trainer\.max_epochs, trainer\.max_steps, or a Bud"
+    ):
+        fit(folder, tmp_path, Budget(), CrossEntropy(), max_epochs=-1)

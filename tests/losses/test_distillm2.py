@@ -253,7 +253,7 @@ def test_its_state_is_saved_and_continues_where_it_stopped():
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
 
-@pytest.mark.parametrize("writers", [("teacher", "teacher"), ("student", "student"), ("dataset", "stronger")])
+@pytest.mark.parametrize("writers", [("teacher", "teacher"), ("student", "student")])
 def test_a_side_without_rows_is_zero_with_a_graph_and_all_metrics(writers):
     batch = make_batch((2, 1), writers, (0, 1), V)
     student = torch.randn(3, V, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -18,30 +18,34 @@ USAGE = "usage.json"
 
 
 class Budget(Callback):
-    """Ends a run when it has trained on so many tokens, or for so long; schedules and learning rate then run to it.
+    """Ends a run after so many tokens, seconds or steps; schedules and learning rate then run to that end.
 
     Counted are response positions of all ranks, and the seconds of training steps and of waiting for responses, without
     validation. Both are logged (`train/spent_tokens`, `train/spent_seconds`), and what the run has cost is in
     `usage.json` in its folder when it ends. Without a limit it only counts.
 
-    A limit takes the place of `max_epochs`, which is to be -1: epochs follow one another until the budget is spent.
+    A limit takes the place of `max_epochs`, which is to be -1: epochs follow one another until the budget is spent. The
+    end is validated wherever in an epoch it is.
 
     Args:
-        tokens: Response tokens to train on, at least 1; None for no limit. The step that reaches it is the last.
+        tokens: Response tokens to train on, above 0; None for no limit. The step that reaches it is the last.
         seconds: Seconds to train for, above 0; None for no limit.
+        steps: Optimizer steps, above 0; None for no limit.
 
     Raises:
-        ConfigError: If both limits are given, or one is out of range.
+        ConfigError: If several limits are given, or one is out of range.
     """
 
-    def __init__(self, tokens: int | None = None, seconds: float | None = None) -> None:
-        if tokens is not None and seconds is not None:
-            raise ConfigError("Budget takes tokens or seconds, got both: leave one out.")
-        if tokens is not None and tokens < 1:
-            raise ConfigError(f"Budget.tokens must be at least 1, got {tokens}.")
-        if seconds is not None and not seconds > 0:
-            raise ConfigError(f"Budget.seconds must be above 0, got {seconds}.")
-        self.tokens, self.seconds = tokens, seconds
+    def __init__(self, tokens: int | None = None, seconds: float | None = None, steps: int | None = None) -> None:
+        limits = {"tokens": tokens, "seconds": seconds, "steps": steps}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        if len(given) > 1:
+            raise ConfigError(f"Budget takes one limit, got {' and '.join(given)}: leave the others out.")
+        for name, limit in given.items():
+            if not limit > 0:
+                raise ConfigError(f"Budget.{name} must be above 0, got {limit}.")
+        self.tokens, self.seconds, self.steps = tokens, seconds, steps
+        self.has_limit = bool(given)
         self.spent_tokens, self.step_seconds, self.curation_seconds = 0, 0.0, 0.0
         self.teacher_tokens = 0
         self._before: dict[str, Any] = {"seconds": 0.0, "written": Counter()}  # in the sessions before this one
@@ -52,7 +56,7 @@ class Budget(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Makes the run last as long as the budget."""
-        if stage != "fit" or (self.tokens is None and self.seconds is None):
+        if stage != "fit" or not self.has_limit:
             return
         if trainer.max_epochs != -1:
             raise ConfigError(
@@ -61,7 +65,9 @@ class Budget(Callback):
         pl_module.share_done = self._share
 
     def _share(self, step: int) -> float:
-        """The share of the budget that is spent."""
+        """The share of the budget that is spent after `step` steps, which are those until now."""
+        if self.steps is not None:
+            return min(step / self.steps, 1.0)
         if self.tokens is not None:
             return min(self.spent_tokens / self.tokens, 1.0)
         assert self.seconds is not None
@@ -95,10 +101,10 @@ class Budget(Callback):
         spent = self.step_seconds + self.curation_seconds
         figures = {"train/spent_tokens": float(self.spent_tokens), "train/spent_seconds": spent}
         pl_module.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()})
-        limited = self.tokens is not None or self.seconds is not None
         step_is_taken = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if limited and step_is_taken and trainer.strategy.reduce_boolean_decision(self._share(0) >= 1.0, all=False):
-            trainer.should_stop = True
+        if self.has_limit and step_is_taken:
+            is_spent = self._share(trainer.global_step) >= 1.0
+            trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(is_spent, all=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes down what the run has cost."""

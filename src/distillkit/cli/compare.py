@@ -101,7 +101,8 @@ def check(plan: Any) -> None:
 
     from distillkit.cli import compare_check
 
-    logging.getLogger("lightning").setLevel(logging.WARNING)  # it would speak of each trainer that is made
+    for name in ("lightning.pytorch", "lightning.fabric"):  # they would speak of each trainer that is made
+        logging.getLogger(name).setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         for own in (*filter(None, [plan.warm_start]), *plan.runs):
             if own.seed == plan.seeds[0]:
@@ -169,10 +170,8 @@ def _student(plan: Any) -> str:
     if warm is None:
         return told
     budget = next(each for each in warm.config["trainer"]["callbacks"] if each["class_path"] == "Budget")
-    spent = budget.get("init_args") or {"steps": warm.config["trainer"]["max_steps"]}
-    return f"{told}; trained before by a warm start of " + ", ".join(
-        f"{amount:,} {unit}" for unit, amount in spent.items()
-    )
+    spent = ", ".join(f"{amount:,} {unit}" for unit, amount in budget["init_args"].items())
+    return f"{told}; trained before by a warm start of {spent}"
 
 
 def _commit() -> str:

@@ -239,12 +239,11 @@ def _whole(
     merged: Config, seed: int, budget: Mapping[str, float], folder: Path, sampling: Config, keep: bool
 ) -> Config:
     """A run's configuration: that of the method, with what all runs of a comparison have in common."""
-    limit = {kind: amount for kind, amount in budget.items() if kind != "steps"}
     trainer, model = dict(merged.get("trainer", {})), dict(merged.get("model", {}))
-    own = [_part("RunCheckpoint"), _part("Throughput"), _part("Budget", **limit), _part("FiniteLoss")]
+    own = [_part("RunCheckpoint"), _part("Throughput"), _part("Budget", **budget), _part("FiniteLoss")]
     others = [each for each in trainer.get("callbacks", []) if _class(each) not in _OURS]
     trainer |= {
-        "default_root_dir": str(folder), "max_epochs": -1, "max_steps": budget.get("steps", -1), "log_every_n_steps": 1,
+        "default_root_dir": str(folder), "max_epochs": -1, "max_steps": -1, "log_every_n_steps": 1,
         "enable_progress_bar": False, "callbacks": [*others, *own, *([_part("Export")] if keep else [])],
     }  # fmt: skip
     if "curator" in model:

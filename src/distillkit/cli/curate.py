@@ -204,4 +204,5 @@ class CurateCLI(DistillCLI):
         """The trainer without callbacks, logs, checkpoints and bars, and without anything that keeps it from ending."""
         shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         ending = {"num_sanity_val_steps": 0, "min_epochs": None, "min_steps": None, "fast_dev_run": False}
+        ending |= {"max_epochs": 1, "max_steps": -1}  # a run may have no end but a callback's
         return super().instantiate_trainer(callbacks=[], **dict.fromkeys(shown, False), **ending, **kwargs)

@@ -36,6 +36,7 @@ def explain(message: str, command: Command) -> str:
         command: What the user asked for.
     """
     text = re.sub(r"\S*merged\.yaml", "the config", " ".join(message.split()))
+    text = re.sub(r"required: \w+\.(?=(model|data|trainer)\b)", "required: ", text)  # the verb is no key
     text = re.split(r" Subclass types expect one of:| Given value type:", text)[0]
     refused = _REFUSED.search(text)
     if refused is None:

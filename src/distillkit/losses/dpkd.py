@@ -55,7 +55,7 @@ class DPKD(Loss):
 
 
 def _pairs(batch: Batch) -> tuple[list[int], list[int]]:
-    """Rows of the teacher's and of the student's responses, pair by pair; others' stand in the place of the teacher's."""
+    """Rows of the teacher's and of the student's responses, pair by pair; others' stand in the teacher's place."""
     sides = [(pair, side_of(writer)) for pair, writer in zip(batch.pair, batch.writer, strict=True)]
     rows = {side: row for row, side in enumerate(sides)}
     pairs = sorted(set(batch.pair))
