@@ -53,6 +53,12 @@ NOT_RUN_HERE = {
     "distillkit curate --config rounds.yaml --workers 2": (
         Elsewhere("starts a cluster, which takes half a minute", "tests/cli/test_curate_ray.py")
     ),
+    "distillkit compare --config compare.yaml": (
+        Elsewhere("trains eight runs in processes of their own", "tests/cli/test_compare.py")
+    ),
+    "distillkit compare --config configs/compare-quick.yaml": (
+        Elsewhere("trains the real 135M model for most of an hour", "tests/cli/test_compare.py")
+    ),
     ".ci/run": Elsewhere("runs this test", "test_continuous_integration_runs_what_is_not_run_here"),
     "ruff check src tests && ruff format --check src tests": (
         Elsewhere("ruff is not among the packages that the tests need", "tox.ini lint")

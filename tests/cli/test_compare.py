@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+import workspace
 from distillkit.cli import compare_plan, compare_runs
+from distillkit.cli.compare import check
 from distillkit.cli.compare import run as compare
 from distillkit.cli.main import main
 from distillkit.comparison.statistics import paired_difference
@@ -293,6 +295,15 @@ def test_the_quick_comparison_is_one(tmp_path: Path) -> None:
     assert plan.warm_start is not None
     assert [run.method for run in plan.curations()] == ["kd", "kd"], "every method reads what these write"
     assert {run.config["model"]["student"]["source"] for run in plan.runs} == {str(tmp_path / "warm-start" / "export")}
+
+
+def test_the_comparison_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace.make(tmp_path / "workspace"))
+    plan = compare_plan.read("compare.yaml")
+    check(plan)
+    assert len(plan.runs) == 8
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "docs" / "compare.md").read_text(), re.MULTILINE)
+    assert set(compare_plan.KEYS) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 @pytest.mark.slow
