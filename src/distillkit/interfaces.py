@@ -59,6 +59,9 @@ class Loss(nn.Module, ABC):
     needs_teacher: ClassVar[bool] = True
     """False if `teacher` is never read: no teacher is then needed for training."""
 
+    compares_tokens: ClassVar[bool] = True
+    """False if it does without the same number standing for the same token of both models."""
+
     @abstractmethod
     def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
         """The loss of one micro-batch.
@@ -185,12 +188,19 @@ class Curator(nn.Module, ABC):
 class Teacher(ABC):
     """Scores positions without a gradient. Not a module: it must not land in the student's checkpoint."""
 
+    shares_tokens: bool = True
+    """False if it reads and scores text in tokens of its own: only a loss without `compares_tokens` learns from it, it
+    writes no responses, and held-out figures are taken on the data's."""
+
     @abstractmethod
     def setup(self, device: torch.device) -> None:
         """Loads what it needs onto `device`; does nothing where that is loaded."""
 
     def unload(self) -> None:  # noqa: B027 - most teachers stay
         """Frees the memory of its model; the next `setup` loads it again."""
+
+    def meet(self, tokenizer: Any, prompts: Prompts) -> None:  # noqa: B027 - one with the same tokens needs neither
+        """Told the student's tokenizer and the run's prompts, before a model is loaded, if it shares no tokens."""
 
     def prepare(self, rows: Sequence[Row]) -> None:  # noqa: B027 - most teachers have nothing to prepare
         """Told the rows of a round before the first of them is trained on; every rank is told the same rows."""

@@ -90,6 +90,11 @@ class DistillModule(LightningModule):
         self.share_done: Callable[[int], float] | None = None  # of a run that a budget ends, after so many steps
         self.shard = (0, 1)  # which part of the responses this run writes, of how many
 
+    @property
+    def speaker(self) -> Teacher | None:
+        """The teacher, if it reads and writes the student's tokens."""
+        return self.teacher if self.teacher is not None and self.teacher.shares_tokens else None
+
     @cached_property
     def tokenizer(self) -> Any:
         """The student's tokenizer."""
@@ -101,8 +106,11 @@ class DistillModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compares the tokenizers before any model is loaded."""
-        if self.teacher is not None:
-            require_same(self.tokenizer, self.teacher.tokenizer(), "student", "teacher")
+        if self.speaker is not None:
+            require_same(self.tokenizer, self.speaker.tokenizer(), "student", "teacher")
+        elif self.teacher is not None:
+            prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts", {})
+            self.teacher.meet(self.tokenizer, prompts.get("train", Prompts(())))
 
     def configure_model(self) -> None:
         """Loads both models and cuts them to the tokens that they share."""
@@ -112,7 +120,7 @@ class DistillModule(LightningModule):
         check_head(self.student, f"student {self.loader.source}")
         if self.teacher is not None:
             self.teacher.setup(self.trainer.strategy.root_device)
-        self._vocab = share_vocab(self.student, self.teacher, len(self.tokenizer), self.print)
+        self._vocab = share_vocab(self.student, self.speaker, len(self.tokenizer), self.print)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, and the learning rate's shape."""
@@ -127,8 +135,8 @@ class DistillModule(LightningModule):
         store = ResponseStore(self.store or f"{trainer.default_root_dir}/responses", trainer.global_rank, part)
         ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier, shard, shards)
         brought = self.curator.brings()
-        models = {"student": lambda: self.student, "teacher": lambda: getattr(self.teacher, "model", None)}
-        known = getattr(self.teacher, "fingerprint", None)
+        models = {"student": lambda: self.student, "teacher": lambda: getattr(self.speaker, "model", None)}
+        known = getattr(self.speaker, "fingerprint", None)
         return Writers(self.generator, store, models, self.tokenizer, ranks, known, brought)
 
     def prepare_curation(self, prompts: Prompts) -> None:
@@ -149,12 +157,12 @@ class DistillModule(LightningModule):
         return rows
 
     def held_out_rows(self, prompts: Prompts) -> list[Row]:
-        """Reference responses to held-out prompts: the teacher's, or the data's if there is no teacher."""
+        """Reference responses to held-out prompts: the teacher's, or the data's if none has the student's tokens."""
         self.rounds.wait()
-        curator = DatasetCurator() if self.teacher is None else TeacherCurator(self.answers)
+        curator = DatasetCurator() if self.speaker is None else TeacherCurator(self.answers)
         rows = list(curator.curate(prompts, self.writers.generators))
-        if self.teacher is not None:
-            self.teacher.prepare(rows)
+        if self.speaker is not None:
+            self.speaker.prepare(rows)
         self.validation.refer_to(prompts, rows, self.tokenizer)
         return rows
 
@@ -211,7 +219,7 @@ class DistillModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts a batch into the held-out figures."""
-        self.held_out.update(*self.score(batch), batch)
+        self.held_out.update(*self.score(batch, self.speaker is not None), batch)
 
     def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out figures."""

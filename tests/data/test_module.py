@@ -34,7 +34,7 @@ def attached(data, rank=0, world=1, accumulate=1, teacher=None, curator=None, to
     """The data module on a trainer that has just what it asks for."""
     curator = DatasetCurator() if curator is None else curator
     module = SimpleNamespace(
-        tokenizer=tokenizer, teacher=teacher, curator=curator, overlap=False, prepare_curation=lambda prompts: None,
+        tokenizer=tokenizer, speaker=teacher, curator=curator, overlap=False, prepare_curation=lambda prompts: None,
         curate=lambda prompts: DatasetCurator().curate(prompts, {}),
         held_out_rows=lambda prompts: [Row((7, 8), (False, True), "teacher", prompt.id) for prompt in prompts],
         held_out=HeldOut(),

@@ -166,7 +166,8 @@ class Runner:
         env = dict(os.environ)
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        if self.workers > 1:
+        is_alone = run is self.plan.warm_start or arguments[0] == "curate"
+        if self.workers > 1 and not is_alone:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
         command = [sys.executable, "-m", "distillkit.cli.main", *arguments]
         with (run.folder / LOG).open("a") as log:

@@ -155,7 +155,7 @@ class Curation(Callback):
         before = _counts(store)
         loader, held_out = trainer.datamodule.train_dataloader(), trainer.datamodule.prompts.get("val", Prompts(()))
         first = loader.first_round()
-        if held_out and pl_module.teacher is not None:
+        if held_out and pl_module.speaker is not None:
             TeacherCurator(pl_module.answers).curate(held_out, generators)
         pl_module.prepare_curation(loader.prompts)
         pl_module.curator.curate(first, generators)

@@ -27,6 +27,15 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
     for part, needy in ((loss, loss.needs_teacher), (curator, "teacher" in models_of(curator))):
         if needy and teacher is None:
             raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
+    if teacher is not None and not teacher.shares_tokens:
+        own = f"{type(teacher).__name__} has tokens of its own"
+        if loss.needs_teacher and loss.compares_tokens:
+            raise ConfigError(f"{own}, and {type(loss).__name__} compares token by token: use a cross-tokenizer loss.")
+        if "teacher" in models_of(curator):
+            raise ConfigError(
+                f"{own}, and can't write for {type(curator).__name__}: use the data's responses, or a StrongerCurator "
+                "whose generator is a LocalGenerator of that model."
+            )
     if generator.models is not None:
         others = f"{' and '.join(generator.models)} together" if generator.models else "a model of its own"
         raise ConfigError(

@@ -114,7 +114,7 @@ class DistillData(LightningDataModule):
             if name == "train":
                 who = "the curator" if module.curator.needs_reference else ""
             else:
-                who = "validation without a teacher" if module.teacher is None else ""
+                who = "validation without a teacher" if module.speaker is None else ""
                 who = who or ("one of model.metrics" if module.held_out.needs_reference else "")
             if who:
                 _require_responses(records, who)

@@ -58,6 +58,10 @@ class CachedTeacher(Teacher):
         folder: str | None = None,
         unload: bool = True,
     ) -> None:
+        if not teacher.shares_tokens:
+            raise ConfigError(
+                f"CachedTeacher keeps scores of the run's tokens, and a {type(teacher).__name__} has others."
+            )
         if k < 1:
             raise ConfigError(f"CachedTeacher.k must be at least 1, got {k}.")
         if folder is None and type(teacher).identity is Teacher.identity:

@@ -1,0 +1,1 @@
+"""Universal logit distillation (ULD) from a teacher with another tokenizer, for distillkit."""
