@@ -22,8 +22,9 @@ class ULD(Loss):
     """−log q of the response, and the distance between the two distributions sorted: the tokens don't matter.
 
     Per position Σ_k |p_(k) − q_(k)|, where p_(k) is the k-th largest probability and the smaller vocabulary is filled
-    up with zeros: the Wasserstein distance for a cost that is the same for all pairs of tokens. Positions whose text the
-    teacher has not read in whole tokens of its own have none. Boizard et al. 2024 (ULD), arXiv 2402.12030, section 3.
+    up with zeros: the Wasserstein distance for a cost that is the same for all pairs of tokens. Positions whose text
+    the teacher has not read in whole tokens of its own have none. Boizard et al. 2024 (ULD), arXiv 2402.12030, section
+    3.
 
     Args:
         weight: λ ≥ 0, weight of the distance.
