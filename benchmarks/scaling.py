@@ -57,10 +57,14 @@ class Sweep:
 
 
 # Below some hundred positions a loss takes them all at once: what is asked is how it goes on from there.
-_POSITIONS = {"small": (1024, 2048, 4096), "full": (1024, 2048, 4096, 8192, 16_384)}
-_VOCAB = {"small": (8192, 16_384, 32_768, 65_536), "full": (16_384, 32_768, 65_536, 131_072, 262_144)}
-_ROWS = {"small": (2, 4, 8), "full": (2, 4, 8, 16, 32)}
-_TOKENS = {"small": (64, 128, 256), "full": (128, 256, 512, 1024, 2048)}
+_POSITIONS = {"two": (64, 128), "small": (1024, 2048, 4096), "full": (1024, 2048, 4096, 8192, 16_384)}
+_VOCAB = {
+    "two": (1024, 2048),
+    "small": (8192, 16_384, 32_768, 65_536),
+    "full": (16_384, 32_768, 65_536, 131_072, 262_144),
+}
+_ROWS = {"two": (1, 2), "small": (2, 4, 8), "full": (2, 4, 8, 16, 32)}
+_TOKENS = {"two": (16, 32), "small": (64, 128, 256), "full": (128, 256, 512, 1024, 2048)}
 SWEEPS = (
     *(Sweep(part, "positions", _POSITIONS, {"vocab": 32_768}, "1", "0") for part in LOSSES),
     # A head's gradient has V·D entries and is accumulated: memory grows with V, though not with N·V.
@@ -208,7 +212,7 @@ def plot(sweeps: Sequence[Job], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser, "scaling.json")
-    parser.add_argument("--grid", choices=("small", "full"), default="small", help="which sizes")
+    parser.add_argument("--grid", choices=("two", "small", "full"), default="small", help="which sizes")
     parser.add_argument("--parts", nargs="+", choices=(*LOSSES, "step"), default=(*LOSSES, "step"))
     parser.add_argument("--plot", type=Path, help="where a picture goes")
     options = parser.parse_args()

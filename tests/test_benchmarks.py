@@ -58,7 +58,7 @@ def test_a_store_gives_back_what_was_written(tmp_path):
 
 @pytest.mark.slow
 def test_growth_is_fitted(tmp_path):
-    found = run(tmp_path, "scaling.py", "--parts", "step", "--repeats", "1")
+    found = run(tmp_path, "scaling.py", "--parts", "step", "--grid", "two", "--repeats", "1")
     assert "step" in json.dumps(found)
 
 
