@@ -173,6 +173,12 @@ def test_a_killed_run_goes_on_with_what_it_has_spent(folder: Path, tmp_path: Pat
     assert {key: own for key, own in ours.items() if key not in timed} == {
         key: own for key, own in theirs.items() if key not in timed
     }
+    # One that is resumed when it has spent all goes no further.
+    (tmp_path / "killed" / USAGE).unlink()
+    assert command([*start("killed"), "--ckpt_path", "last"]) == 0
+    again = json.loads((tmp_path / "killed" / USAGE).read_text())
+    assert again["spent_tokens"] == ours["spent_tokens"]
+    assert again["distinct_tokens"] == ours["distinct_tokens"]
     # The rounds up to the checkpoint are counted there, those after it by the second session, which read what the first
     # had written: less is written than without the kill, and nothing twice.
     assert Counter(ours["written_tokens"]) <= Counter(theirs["written_tokens"])

@@ -22,6 +22,7 @@ from distillkit.cli.compare import run as compare
 from distillkit.cli.main import main
 from distillkit.comparison.statistics import paired_difference
 from distillkit.store import ResponseStore
+from packages import install, write_package
 from pages import ROOT
 from tiny_runs import QUIET, finish, logged, process, save_models, write_prompts
 from tiny_store import stored
@@ -306,13 +307,31 @@ def test_the_comparison_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.M
     assert set(compare_plan.KEYS) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
+STRANGER = '''
+    """A loss of a stranger."""
+
+    from distillkit import TokenLoss
+
+
+    class Hellinger(TokenLoss):
+        """Squared Hellinger distance, 1 - sum sqrt(p q)."""
+
+        def divergence(self, logp, logq):
+            return 1.0 - (0.5 * (logp + logq)).exp().sum(-1)
+'''
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_with_the_run_it_was_in(folder: Path) -> None:
-    """The real command, in real processes, killed at several moments."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    """The real command, in real processes, killed at several moments; one method is a package's, named in one line."""
+    entry = {"hellinger_loss.py": STRANGER}
+    package = write_package(folder / "source", "hellinger-loss 1.0", ["Hellinger = 'hellinger_loss:Hellinger'"], entry)
+    site = install([package], folder / "site")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
+    methods = METHODS | {"hellinger": {"model": {"loss": "Hellinger", "curator": "TeacherCurator"}}}
 
     def start(out: str) -> "subprocess.Popen[bytes]":
-        config = write(folder, out, out=str(folder / out), slots=2)
+        config = write(folder, out, out=str(folder / out), slots=2, methods=methods, seeds=[0])
         command = [sys.executable, "-m", "distillkit.cli.main", "compare", "--config", config]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -326,6 +345,7 @@ def test_killed_in_the_middle_it_goes_on_with_the_run_it_was_in(folder: Path) ->
     assert start("killed").wait(400) == 0
     ours, theirs = (json.loads((folder / out / "results.json").read_text()) for out in ("killed", "alone"))
     assert [own["figures"] for own in ours["methods"]] == [own["figures"] for own in theirs["methods"]]
+    assert [own["runs"] for own in ours["methods"]] == [{"0": "done"}] * 3
     for one, other in zip(ours["runs"], theirs["runs"], strict=True):
         assert one["usage"]["spent_tokens"] == other["usage"]["spent_tokens"]
     shards = [stored(folder / out / "responses") for out in ("killed", "alone")]

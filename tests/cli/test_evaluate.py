@@ -146,9 +146,25 @@ def test_verifiers_of_ones_own_drafts_and_the_test_prompts(
     assert printed.rstrip().endswith(str(tmp_path / "out"))
 
 
+def test_several_answers_are_drawn_and_judged(run: Path, tmp_path: Path) -> None:
+    judge = "--model.metrics={even: {class_path: judges.Even}, short: TargetLength}"
+    arguments = ["--run", str(run), judge, "--samples", "4", "--out", str(tmp_path / "out")]
+    arguments += ["--sampling", "{temperature: 1.5, max_new_tokens: 3}"]
+    assert command(["evaluate", *arguments]) == 0
+    found, rows = read(tmp_path / "out")
+    counts = [row["figures"]["even_passes"] for row in rows]
+    assert set(counts) <= {0, 1, 2, 3, 4}
+    assert len(set(counts)) > 1
+    assert found["figures"]["even_pass_at_1"] == pytest.approx(sum(counts) / 4 / HELD_OUT)
+    assert found["figures"]["even_pass_at_4"] == sum(count > 0 for count in counts) / HELD_OUT
+    assert "short_pass_at_1" not in found["figures"], "its numbers are not 0 and 1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--run", "{run}", "--samples", "2"], "--samples needs a verifier that says which answers are right"),
+        (["--run", "{run}", "--samples", "-2"], "--samples must be at least 0, got -2"),
         (["--run", "{run}", "--out", "{out}"], "holds an evaluation already: name another by --out, or give --over"),
         (["--run", "{run}/nothing"], "nothing is no folder of a run: it has no config.yaml"),
         (["--run", "{run}", "--draft", "-1"], "--draft must be at least 0, got -1"),

@@ -74,7 +74,9 @@ class Budget(Callback):
         return min((self.step_seconds + self.curation_seconds) / self.seconds, 1.0)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Sees whose forward passes count."""
+        """Sees whose forward passes count, and whether a run that goes on has anything left to spend."""
+        if self.has_limit and self._share(trainer.global_step) >= 1.0:
+            trainer.should_stop = True
         teacher = pl_module.teacher if pl_module.loss.needs_teacher else None
         self._teacher = None if teacher is None else model_flops(teacher.scorer, trained=False)
 

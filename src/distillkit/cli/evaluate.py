@@ -1,6 +1,7 @@
 """The verb `evaluate`: what a trained student is worth, as a file."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from distillkit.cli.train import DistillCLI, launch
 from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError
 from distillkit.evaluation import report
+from distillkit.evaluation.pass_at_k import sampled_passes
 from distillkit.generators.speculative import SpeculativeGenerator
 from distillkit.interfaces import Verifier
 from distillkit.module import DistillModule
@@ -95,6 +97,8 @@ class EvaluationTrainer(Trainer):
         split: Literal["val", "test"] = "val",
         ckpt_path: str | None = None,
         draft: int = 0,
+        samples: int = 0,
+        sampling: Sampling | None = None,
     ) -> None:
         """Measures the student on held-out prompts; writes `evaluation.json` and `answers.jsonl`, and prints a table.
 
@@ -107,9 +111,13 @@ class EvaluationTrainer(Trainer):
             ckpt_path: A checkpoint of a run; null takes the student as the configuration has it.
             draft: Tokens that the student drafts at once, while the teacher writes at temperature 1, to measure how
                 many it accepts; 0 leaves it out. It takes as long as the teacher takes to answer the prompts.
+            samples: Answers to draw to each prompt, besides the greedy one, for the pass@k of verifiers that give 0 or
+                1; 0 draws none.
+            sampling: How those are drawn; null is temperature 0.8 and top-p 0.95, as long as the greedy ones.
 
         Raises:
-            ConfigError: If the folder holds an evaluation, a teacher is needed to check drafts, or `draft` is negative.
+            ConfigError: If the folder holds an evaluation, a teacher is needed to check drafts, samples have nobody to
+                judge them, or a number is negative.
         """
         folder = Path(out) if out is not None else Path(self.default_root_dir) / "evaluation"
         if (folder / "evaluation.json").exists() and not overwrite:
@@ -118,17 +126,26 @@ class EvaluationTrainer(Trainer):
             raise ConfigError(
                 f"--draft must be at least 0, got {draft}." if draft < 0 else "--draft needs a teacher: leave it out."
             )
+        if samples < 0 or (samples and model.held_out.verifiers == METRICS):
+            raise ConfigError(
+                f"--samples must be at least 0, got {samples}." if samples < 0
+                else "--samples needs a verifier that says which answers are right: name one in model.metrics."
+            )  # fmt: skip
         started = time.time()
         drafts = Drafts(draft)
-        if draft:
-            callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it through a connector
-            callbacks.append(drafts)
+        passes = Passes(samples, sampling or Sampling(max_new_tokens=model.answers.max_new_tokens))
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it through a connector
+        callbacks += [own for own, wanted in ((drafts, draft), (passes, samples)) if wanted]
         measure = self.validate if split == "val" else self.test
         measure(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=False)
         answers = model.held_out.table
         figures = {name.rpartition("/")[2]: value for name, value in model.history[-1].items()}
         step = int(figures.pop("step"))
-        figures |= report.of_answers(answers) | drafts.figures
+        figures |= report.of_answers(answers) | drafts.figures | passes.figures
+        if samples:
+            answers = [
+                replace(own, figures=own.figures | counts) for own, counts in zip(answers, passes.rows, strict=True)
+            ]
         found = {
             "student": ckpt_path or model.loader.source,
             "step": step,
@@ -167,6 +184,30 @@ class Drafts(Callback):
         generator.generate(prompts, Sampling(temperature=1.0, max_new_tokens=pl_module.answers.max_new_tokens))
         found = generator.figures()
         self.figures = {"drafted_acceptance": found["acceptance"], "tokens_per_check": found["tokens_per_check"]}
+
+    on_test_end = on_validation_end
+
+
+class Passes(Callback):
+    """Draws several answers to each prompt, and has them judged.
+
+    Args:
+        samples: Answers to each prompt.
+        sampling: How they are drawn.
+    """
+
+    def __init__(self, samples: int, sampling: Sampling) -> None:
+        self.samples, self.sampling = samples, sampling
+        self.figures: dict[str, float] = {}
+        self.rows: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """While the student is on the device."""
+        prompts = trainer.datamodule.prompts["val" if trainer.state.fn == "validate" else "test"]
+        generator = pl_module.writers.refreshed_student()
+        self.figures, self.rows = sampled_passes(
+            generator, prompts, pl_module.held_out.verifiers, self.sampling, self.samples
+        )  # fmt: skip
 
     on_test_end = on_validation_end
 

@@ -44,7 +44,7 @@ class Answer:
     finish: str = ""
     tokens: int = 0
     positions: int = 0
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 class HeldOut(nn.Module):
