@@ -5,6 +5,7 @@ import pytest
 from distillkit import registry
 from distillkit.testing import check_verifier
 
+ELSEWHERE = {"PairwiseJudge"}  # needs a server: test_judge.py
 INSTALLED = registry.available("verifier")
 
 
@@ -12,6 +13,6 @@ def test_all_built_in_verifiers_are_installed():
     assert {"Distinct", "MeanLogProb", "NumericAnswer", "TargetLength"} <= set(INSTALLED)
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", sorted({*INSTALLED} - ELSEWHERE))
 def test_every_installed_verifier_keeps_the_contract(name):
     check_verifier(registry.get("verifier", name)())

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from distillkit.client import Client, MissingError, PassingError, StoppedError, check_url, check_variable
 from distillkit.errors import ConfigError, DistillKitError, GenerationError, ModelError
-from distillkit.generators.client import Client, MissingError, PassingError, StoppedError, check_url, check_variable
 from distillkit.generators.progress import token_bar
 from distillkit.generators.texts import as_response
 from distillkit.interfaces import Generator
