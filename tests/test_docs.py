@@ -59,6 +59,10 @@ NOT_RUN_HERE = {
     "distillkit compare --config configs/compare-quick.yaml": (
         Elsewhere("trains the real 135M model for most of an hour", "tests/cli/test_compare.py")
     ),
+    'pip install "distillkit[lm-eval]"': Elsewhere("would change this environment", "tests/evaluation/test_harness.py"),
+    'distillkit evaluate --run runs/measured --out runs/tasks --lm_eval "{tasks: [arc_easy, hellaswag], limit: 200}"': (
+        Elsewhere("needs the library and a download of the tasks' data", "tests/evaluation/test_harness.py")
+    ),
     ".ci/run": Elsewhere("runs this test", "test_continuous_integration_runs_what_is_not_run_here"),
     "ruff check src tests && ruff format --check src tests": (
         Elsewhere("ruff is not among the packages that the tests need", "tox.ini lint")

@@ -164,6 +164,8 @@ def test_several_answers_are_drawn_and_judged(run: Path, tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["--run", "{run}", "--samples", "2"], "--samples needs a verifier that says which answers are right"),
+        (["--run", "{run}", "--lm_eval", "{tasks: [no_such_task], limit: 2}"], "lm-eval"),
+        (["--run", "{run}", "--lm_eval", "{tasks: [], limit: 2}"], "Harness.tasks is empty"),
         (["--run", "{run}", "--samples", "-2"], "--samples must be at least 0, got -2"),
         (["--run", "{run}", "--out", "{out}"], "holds an evaluation already: name another by --out, or give --over"),
         (["--run", "{run}/nothing"], "nothing is no folder of a run: it has no config.yaml"),

@@ -14,6 +14,7 @@ from distillkit.cli.train import DistillCLI, launch
 from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError
 from distillkit.evaluation import report
+from distillkit.evaluation.harness import Harness
 from distillkit.evaluation.pass_at_k import sampled_passes
 from distillkit.generators.speculative import SpeculativeGenerator
 from distillkit.interfaces import Verifier
@@ -99,6 +100,7 @@ class EvaluationTrainer(Trainer):
         draft: int = 0,
         samples: int = 0,
         sampling: Sampling | None = None,
+        lm_eval: Harness | None = None,
     ) -> None:
         """Measures the student on held-out prompts; writes `evaluation.json` and `answers.jsonl`, and prints a table.
 
@@ -114,6 +116,7 @@ class EvaluationTrainer(Trainer):
             samples: Answers to draw to each prompt, besides the greedy one, for the pass@k of verifiers that give 0 or
                 1; 0 draws none.
             sampling: How those are drawn; null is temperature 0.8 and top-p 0.95, as long as the greedy ones.
+            lm_eval: Tasks of EleutherAI's lm-evaluation-harness to measure the student on as well.
 
         Raises:
             ConfigError: If the folder holds an evaluation, a teacher is needed to check drafts, samples have nobody to
@@ -131,17 +134,19 @@ class EvaluationTrainer(Trainer):
                 f"--samples must be at least 0, got {samples}." if samples < 0
                 else "--samples needs a verifier that says which answers are right: name one in model.metrics."
             )  # fmt: skip
+        if lm_eval is not None:
+            lm_eval.check()
         started = time.time()
-        drafts = Drafts(draft)
+        drafts, tasks = Drafts(draft), Tasks(lm_eval)
         passes = Passes(samples, sampling or Sampling(max_new_tokens=model.answers.max_new_tokens))
         callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # Lightning sets it through a connector
-        callbacks += [own for own, wanted in ((drafts, draft), (passes, samples)) if wanted]
+        callbacks += [own for own, wanted in ((drafts, draft), (passes, samples), (tasks, lm_eval)) if wanted]
         measure = self.validate if split == "val" else self.test
         measure(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, weights_only=False)
         answers = model.held_out.table
         figures = {name.rpartition("/")[2]: value for name, value in model.history[-1].items()}
         step = int(figures.pop("step"))
-        figures |= report.of_answers(answers) | drafts.figures | passes.figures
+        figures |= report.of_answers(answers) | drafts.figures | passes.figures | tasks.figures
         if samples:
             answers = [
                 replace(own, figures=own.figures | counts) for own, counts in zip(answers, passes.rows, strict=True)
@@ -208,6 +213,25 @@ class Passes(Callback):
         self.figures, self.rows = sampled_passes(
             generator, prompts, pl_module.held_out.verifiers, self.sampling, self.samples
         )  # fmt: skip
+
+    on_test_end = on_validation_end
+
+
+class Tasks(Callback):
+    """Measures the student on tasks of another library.
+
+    Args:
+        harness: The tasks; None for none.
+    """
+
+    def __init__(self, harness: Harness | None) -> None:
+        self.harness = harness
+        self.figures: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """While the student is on the device."""
+        assert self.harness is not None
+        self.figures = self.harness.run(pl_module.student, pl_module.tokenizer)
 
     on_test_end = on_validation_end
 
