@@ -83,6 +83,8 @@ def run(
         (["--model.loss.init_args.alfa", "0.2"], ["model.loss.alfa", "Did you mean alpha?"]),
         (["--model.loss", "SkewLK"], ["model.loss", "SkewLK", "SkewKL"]),
         (["--model.loss.alpha", "1.5"], ["SkewKL.alpha", "[0, 1)", "1.5"]),
+        (["--model.answers.temperature", "-1"], ["Sampling.temperature must be at least 0", "-1"]),
+        (["--model.student.lora.r", "0"], ["Lora.r must be at least 1", "0"]),
         (["--data.train", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--data.batch_size", "0"], ["batch_size", "at least 1", "0"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),

@@ -20,7 +20,7 @@ import distillkit.generators.magpie  # noqa: F401  the classes of both are found
 from distillkit.cli import configs
 from distillkit.cli.explain import Command, explain
 from distillkit.data.module import DistillData
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, DistillKitError
 from distillkit.hardware import default_device, multiplies
 from distillkit.models.student import Student
 from distillkit.module import DistillModule
@@ -144,6 +144,13 @@ class DistillCLI(LightningCLI):
                 "or name another by --trainer.default_root_dir."
             )
 
+    def instantiate_classes(self) -> None:
+        """The parts; what one of them has against its settings is said as it says it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, about a setting that may also be null
+            raise _own_error(error) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with CSV and TensorBoard logs in the run's folder unless other loggers are configured."""
         trainer = self._get(self.config_init, "trainer")
@@ -153,6 +160,14 @@ class DistillCLI(LightningCLI):
             table = CSVLogger(root, name="csv", flush_logs_every_n_steps=1)
             kwargs["logger"] = [table, TensorBoardLogger(root, name="tensorboard")]
         return super().instantiate_trainer(**kwargs)
+
+
+def _own_error(error: Exception) -> Exception:
+    """The error of ours that another one comes from; that one if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DistillKitError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause
 
 
 def _runnable_precision(accelerator: Any, precision: Any) -> dict[str, str]:
