@@ -22,6 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "gpu": (not torch.cuda.is_available(), "needs a GPU"),
         "vllm": (_lacks("vllm"), "needs vLLM: tox -e vllm"),
         "lm_eval": (_lacks("lm_eval"), "needs lm-eval: tox -e conformance"),
+        "reasoning_gym": (_lacks("reasoning_gym"), "needs reasoning-gym: tox -e conformance"),
         "conformance": (_lacks("trl", "liger_kernel"), "needs trl and liger-kernel: tox -e conformance"),
     }
     for item in items:

@@ -5,7 +5,7 @@ import pytest
 from distillkit import registry
 from distillkit.testing import check_verifier
 
-ELSEWHERE = {"PairwiseJudge"}  # needs a server: test_judge.py
+ELSEWHERE = {"PairwiseJudge", "ReasoningGymAnswer"}  # need a server, a library: test_judge.py, test_reasoning_gym.py
 INSTALLED = registry.available("verifier")
 
 
