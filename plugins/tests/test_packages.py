@@ -4,14 +4,19 @@ import ast
 import csv
 import logging
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from distillkit import registry
 from distillkit.cli.main import main
@@ -23,6 +28,7 @@ from tiny_runs import save_models, write_prompts
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 CONFIGS = sorted(path for package in PACKAGES for path in package.glob("distillkit_*/*.yaml"))
+NAMES = {package.name for package in PACKAGES}
 MOST_LINES = 150
 """Lines of code in a package, without blank lines, comments and docstrings."""
 
@@ -127,3 +133,45 @@ def test_a_method_takes_a_step_by_the_name_of_its_package(config: Path, folder: 
     assert (tmp_path / "export" / "model.safetensors").exists()
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["loss"]["class_path"]
     assert saved.rpartition(".")[2] == yaml.safe_load(config.read_text())["model"]["loss"]["class_path"]
+
+
+def test_what_is_installed_changes_no_run_that_does_not_name_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(out: str) -> dict[str, torch.Tensor]:
+        arguments = [
+            f"--config={ROOT / 'configs' / 'base.yaml'}", f"--config={ROOT / 'configs' / 'methods' / 'distillm2.yaml'}",
+            "--model.teacher=TransformersTeacher", f"--model.teacher.source={folder / 'teacher'}",
+            f"--model.student.source={folder / 'student'}", f"--data.train={folder / 'train.jsonl'}",
+            "--data.batch_size=2", f"--trainer.default_root_dir={tmp_path / out}", "--trainer.accelerator=cpu",
+            "--trainer.max_steps=1", "--trainer.log_every_n_steps=1",
+        ]  # fmt: skip
+        assert main(["fit", *arguments]) == 0
+        return load_file(tmp_path / out / "export" / "model.safetensors")
+
+    with_packages = train("with")
+    every = [point for group in registry.KINDS.values() for point in metadata.entry_points(group=group)]
+    own = metadata.EntryPoints(point for point in every if not (point.dist and point.dist.name in NAMES))
+    assert len(own) < len(every)
+    monkeypatch.setattr(metadata, "entry_points", lambda **wanted: own.select(**wanted))
+    assert not {entry.distribution for entry in registry.entries()} & NAMES
+    without = train("without")
+    assert with_packages.keys() == without.keys()
+    assert all(torch.equal(with_packages[name], without[name]) for name in without)
+
+
+def test_a_run_imports_no_package_that_it_does_not_name(folder: Path) -> None:
+    arguments = [
+        "fit", "--print_config", f"--config={ROOT / 'configs' / 'methods' / 'distillm2.yaml'}",
+        "--model.teacher=TransformersTeacher", f"--model.teacher.source={folder / 'teacher'}",
+        f"--model.student.source={folder / 'student'}", f"--data.train={folder / 'train.jsonl'}",
+    ]  # fmt: skip
+    code = (
+        "import atexit, sys; from distillkit.cli.main import main;"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr)); main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert "DistiLLM2" in done.stdout
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert "distillkit" in loaded
+    assert not loaded & {name.replace("-", "_") for name in NAMES}
