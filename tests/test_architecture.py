@@ -35,7 +35,9 @@ PARTS = {
         "VLLMGenerator",
     },
     "teacher": {"CachedTeacher", "TransformersTeacher"},
-    "verifier": {"Distinct", "MeanLogProb", "NumericAnswer", "PairwiseJudge", "ReasoningGymAnswer", "TargetLength"},
+    "verifier": {
+        "Distinct", "MeanLogProb", "NumericAnswer", "PairwiseJudge", "PythonTests", "ReasoningGymAnswer", "TargetLength",
+    },
 }  # fmt: skip
 
 VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "compare", "store", "plugins", "new-plugin"}

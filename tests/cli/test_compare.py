@@ -336,12 +336,17 @@ def test_killed_in_the_middle_it_goes_on_with_the_run_it_was_in(folder: Path) ->
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start("alone").wait(400) == 0
-    for happened in (in_curation, in_training, in_evaluation):
+    for happened, stop in (
+        (in_curation, signal.SIGKILL),
+        (in_training, signal.SIGINT),
+        (in_evaluation, signal.SIGKILL),
+    ):
         child = start("killed")
         wait_for(lambda happened=happened: happened(folder / "killed"), child)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.send_signal(stop)
+        assert child.wait() == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[stop]
         wait_for(lambda: not still_running(folder / "killed"))
+    assert not list((folder / "killed").glob("**/failed.json")), "no fault of theirs"
     assert start("killed").wait(400) == 0
     ours, theirs = (json.loads((folder / out / "results.json").read_text()) for out in ("killed", "alone"))
     assert [own["figures"] for own in ours["methods"]] == [own["figures"] for own in theirs["methods"]]

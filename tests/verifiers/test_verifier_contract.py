@@ -5,7 +5,11 @@ import pytest
 from distillkit import registry
 from distillkit.testing import check_verifier
 
-ELSEWHERE = {"PairwiseJudge", "ReasoningGymAnswer"}  # need a server, a library: test_judge.py, test_reasoning_gym.py
+ELSEWHERE = {
+    "PairwiseJudge",
+    "PythonTests",
+    "ReasoningGymAnswer",
+}  # in test_judge.py, test_code.py, test_reasoning_gym.py
 INSTALLED = registry.available("verifier")
 
 

@@ -47,7 +47,11 @@ def run(argv: list[str]) -> int:
             print(f"{plan.title}: {len(plan.runs)} runs into {plan.out}", flush=True)
             command = f"distillkit compare {' '.join(argv)}"
             runner = compare_runs.Runner(plan, partial(print, flush=True), partial(write_report, plan, command))
-            runner.all(arguments.retry)
+            try:
+                runner.all(arguments.retry)
+            except KeyboardInterrupt:
+                print(f"Stopped; the same command goes on with {plan.out}.", flush=True)
+                return 130
     found = write_report(plan, f"distillkit compare {' '.join(argv)}")
     print(_table(found))
     print(f"The report is {plan.out / 'report.html'}.")

@@ -65,6 +65,8 @@ class Runner:
     def __init__(self, plan: Plan, say: Callable[[str], None], finished: Callable[[], object]) -> None:
         self.plan, self.say, self.finished = plan, say, finished
         self._lock, self._count = threading.Lock(), 0
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
         self._gpus: SimpleQueue[int | None] = SimpleQueue()
         for gpu in plan.gpus or (None,):
             for _ in range(plan.slots):
@@ -72,10 +74,13 @@ class Runner:
         self.workers = self._gpus.qsize()
 
     def all(self, retry: bool = False) -> None:
-        """Goes on until each run is done or has failed.
+        """Goes on until each run is done or has failed. An interrupt ends what is under way, which can go on later.
 
         Args:
             retry: Whether those that failed are tried again.
+
+        Raises:
+            TrainingError: If the warm start fails.
         """
         open_runs = [run for run in self.plan.runs if not is_done(run)]
         if retry:
@@ -85,14 +90,17 @@ class Runner:
         self._count = len(self.plan.runs) - len(open_runs)
         if self._count:
             self.say(f"{self._count} of {len(self.plan.runs)} runs are there already")
-        if open_runs:
-            self._warm_start()
-        self._curate(open_runs)
         with ThreadPoolExecutor(self.workers) as pool:
             try:
+                if open_runs:
+                    self._warm_start()
+                self._curate(open_runs)
                 list(pool.map(self._run, open_runs))
             except BaseException:
+                self._stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(self._children):
+                    child.kill()
                 raise
 
     def _warm_start(self) -> None:
@@ -100,6 +108,7 @@ class Runner:
         run, start = self.plan.warm_start, time.perf_counter()
         if run is None or (run.folder / FITTED).exists():
             return
+        self.say("warm start: training")
         error = self._fitted(run, None)
         if error:
             raise TrainingError(
@@ -131,6 +140,8 @@ class Runner:
             error = self._fitted(run, gpu) or self._evaluated(run, gpu)
         finally:
             self._gpus.put(gpu)
+        if self._stopped:  # what ended it was no fault of its own
+            return
         with self._lock:
             if error:
                 (run.folder / FAILED).write_text(json.dumps({"error": error}) + "\n")
@@ -169,14 +180,22 @@ class Runner:
         is_alone = run is self.plan.warm_start or arguments[0] == "curate"
         if self.workers > 1 and not is_alone:
             env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.workers)))
-        command = [sys.executable, "-m", "distillkit.cli.main", *arguments]
+        command = [sys.executable, "-c", _CHILD, str(os.getpid()), *arguments]
         with (run.folder / LOG).open("a") as log:
             log.write(f"$ distillkit {' '.join(arguments)}\n")
             log.flush()
-            return subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            ).returncode  # fmt: skip
+            # A session of its own: what interrupts us is for us to pass on.
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+            self._children.add(child)
+            if self._stopped:
+                child.kill()
+            try:
+                return child.wait()
+            finally:
+                child.kill()
+                self._children.discard(child)
 
 
 def is_done(run: Run) -> bool:
@@ -184,9 +203,22 @@ def is_done(run: Run) -> bool:
     return (run.folder / EVALUATION / "evaluation.json").exists()
 
 
-def _die_with_parent() -> None:
-    """A killed comparison leaves no run behind, which the next one would meet in the same folder (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+_CHILD = "from distillkit.cli import compare_runs; compare_runs.child()"
+
+
+def child() -> None:
+    """The command as a process of a comparison, which dies with it (on Linux).
+
+    A killed comparison leaves no run behind, which the next one would meet in the same folder.
+    """
+    parent, *arguments = sys.argv[1:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):  # it was killed before that
+            sys.exit(1)
+    from distillkit.cli.main import main
+
+    sys.exit(main(arguments))
 
 
 def _figures(run: Run) -> str:
