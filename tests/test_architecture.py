@@ -36,7 +36,8 @@ PARTS = {
     },
     "teacher": {"CachedTeacher", "TransformersTeacher"},
     "verifier": {
-        "Distinct", "MeanLogProb", "NumericAnswer", "PairwiseJudge", "PythonTests", "ReasoningGymAnswer", "TargetLength",
+        "Distinct", "MeanLogProb", "NumericAnswer", "PairwiseJudge", "PythonTests", "ReasoningGymAnswer",
+        "TargetLength",
     },
 }  # fmt: skip
 

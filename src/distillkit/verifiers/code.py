@@ -104,8 +104,8 @@ class PythonTests(Verifier):
             command = [sys.executable, "-I", "-c", _LIMITED, str(self.memory * 2**20), str(self.timeout)]
             try:
                 done = subprocess.run(
-                    command, input=f"{word}\n{program}".encode("utf-8", "replace"), capture_output=True, cwd=folder, env={},
-                    timeout=self.timeout + 1, start_new_session=True,
+                    command, input=f"{word}\n{program}".encode("utf-8", "replace"), capture_output=True,
+                    cwd=folder, env={}, timeout=self.timeout + 1, start_new_session=True,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 return False
