@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,6 +120,15 @@ def test_curves_say_when_a_figure_was_taken() -> None:
     own = outcome("a", 0, 2.0)
     assert own.curve("val/kl") == [(0, 0.0, 0.0, 7.0), (2, 210.0, 2.5, 2.0)]
     assert own.curve("train/beta") == [(1, 100.0, 1.5, 0.5), (2, 210.0, 2.5, 0.6)]
+
+
+def test_the_student_that_all_begin_with_has_a_row() -> None:
+    found = three()
+    assert found["start"] == {"kl": 7.0}
+    assert "| *before training* | 7.000 |  |  |" in text.markdown(found)
+    assert "<i>before training</i></td><td>7.000</td><td></td>" in page.page(found, {}, {})
+    other = replace(outcome("b", 0, 2.0), series={"val/kl": [(0, 6.0)]})
+    assert summarise([outcome("a", 0, 2.0), other], "a", ABOUT)["start"] == {}, "they begin with different ones"
 
 
 def test_costs_are_means_over_seeds() -> None:

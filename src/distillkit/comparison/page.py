@@ -99,6 +99,11 @@ def _figures(found: Mapping[str, Any]) -> str:
         label = escape(method["name"]) + (f' <small class="failed">{escape(state)}</small>' if state else "")
         is_baseline = method["name"] == found["baseline"]
         rows.append(f"<tr{' class=baseline' if is_baseline else ''}><td>{label}</td>{''.join(cells)}</tr>")
+    start = text.before(found)
+    if start:
+        rows.insert(
+            0, f"<tr><td><i>before training</i></td>{''.join(f'<td>{escape(cell)}</td>' for cell in start)}</tr>"
+        )
     head = "".join(f"<th>{escape(text.heading(name))}</th>" for name in found["figures"])
     return f'<div class="wide"><table><tr><th>method</th>{head}</tr>{"".join(rows)}</table></div>'
 

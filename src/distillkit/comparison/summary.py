@@ -44,6 +44,7 @@ def summarise(outcomes: Sequence[Outcome], baseline: str, about: Mapping[str, An
         "teacher": first.found["teacher"] if first else None,
         "versions": first.found["versions"] if first else {},
         "figures": names,
+        "start": _start(outcomes, names),
         "methods": [
             {
                 "name": name,
@@ -56,6 +57,17 @@ def summarise(outcomes: Sequence[Outcome], baseline: str, about: Mapping[str, An
         ],
         "answers": _answers(done),
     }
+
+
+def _start(outcomes: Sequence[Outcome], names: Sequence[str]) -> dict[str, float]:
+    """Figures of the student before training, where all methods begin with the same."""
+    found = {}
+    for name in names:
+        points = [own.curve(f"val/{name}")[0] for own in outcomes if own.curve(f"val/{name}")]
+        values = [value for step, _, _, value in points if step == 0]
+        if values and max(values) - min(values) <= 1e-3 * max(map(abs, values)):
+            found[name] = sum(values) / len(values)
+    return found
 
 
 def _figures(figure: str, done: Mapping[str, Sequence[Outcome]], baseline: str) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,12 @@ def value(found: Mapping[str, Any]) -> str:
     return f"{_short(found['mean'])}" + ("" if math.isnan(deviation) else f" ± {_short(deviation)}")
 
 
+def before(found: Mapping[str, Any]) -> list[str]:
+    """A cell for each figure of the student that all methods begin with; empty if that is not known."""
+    cells = [_short(found["start"][name]) if name in found["start"] else "" for name in found["figures"]]
+    return cells if any(cells) else []
+
+
 def difference(found: Mapping[str, Any]) -> str:
     """A difference with its interval; empty for the baseline."""
     own = found.get("difference")
@@ -114,6 +120,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {_cell(text)} |" for name, text in about(found)]
     lines += ["", "## Held-out figures", "", f"| method | {' | '.join(map(heading, names))} |"]
     lines += ["| --- |" + " --- |" * len(names)]
+    start = before(found)
+    lines += [f"| *before training* | {' | '.join(start)} |"] if start else []
     for method in found["methods"]:
         cells = []
         for name in names:
