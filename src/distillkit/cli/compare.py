@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import time
 from functools import partial
@@ -38,21 +39,21 @@ def run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     from distillkit.cli import compare_plan, compare_runs
 
-    plan = compare_plan.read(arguments.config, arguments.out, arguments.slots)
+    command = shlex.join(["distillkit", "compare", *(word for word in argv if word != "--report")])
+    plan = compare_plan.read(arguments.config, arguments.out, arguments.slots, arguments.baseline)
     if not arguments.report:
         check(plan)
         compare_runs.write_configs(plan)
         lock = _locked(plan.out)
         with lock:
             print(f"{plan.title}: {len(plan.runs)} runs into {plan.out}", flush=True)
-            command = f"distillkit compare {' '.join(argv)}"
             runner = compare_runs.Runner(plan, partial(print, flush=True), partial(write_report, plan, command))
             try:
                 runner.all(arguments.retry)
             except KeyboardInterrupt:
                 print(f"Stopped; the same command goes on with {plan.out}.", flush=True)
                 return 130
-    found = write_report(plan, f"distillkit compare {' '.join(argv)}")
+    found = write_report(plan, command)
     print(_table(found))
     print(f"The report is {plan.out / 'report.html'}.")
     return 0 if all(compare_runs.is_done(own) for own in plan.runs) else 1
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="FOLDER", help="folder in the place of the file's")
     parser.add_argument("--slots", type=int, metavar="N", help="runs at the same time in the place of the file's")
+    parser.add_argument("--baseline", metavar="METHOD", help="method that others are compared with, not the file's")
     parser.add_argument("--retry", action="store_true", help="try runs that failed again")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     return parser

@@ -115,7 +115,7 @@ class Plan:
         return found or [self.runs[0]]
 
 
-def read(path: str, out: str | None = None, slots: int | None = None) -> Plan:
+def read(path: str, out: str | None = None, slots: int | None = None, baseline: str | None = None) -> Plan:
     """The comparison that a file describes.
 
     `common` is the configuration that all methods share, and each of `methods` one that is put on top; both may name
@@ -126,13 +126,13 @@ def read(path: str, out: str | None = None, slots: int | None = None) -> Plan:
         path: The file.
         out: Folder in the place of the file's.
         slots: Runs at the same time in the place of the file's.
+        baseline: The method that others are compared with in the place of the file's.
 
     Raises:
         ConfigError: If a key is unknown, missing or has a value that it can't have.
     """
-    given = configs.load(path) | {
-        key: value for key, value in (("out", out), ("slots", slots)) if value is not None
-    }  # fmt: skip
+    instead = {"out": out, "slots": slots, "baseline": baseline}
+    given = configs.load(path) | {key: value for key, value in instead.items() if value is not None}
     _check_keys(given, path)
     methods = given["methods"]
     if not isinstance(methods, dict) or not methods:

@@ -11,18 +11,18 @@ _STYLE = """
 :root { --line: #d8dde3; --soft: #f5f7f9; --ink: #1c2733; --mute: #5c6b7a; --good: #0b6b3a; --bad: #a11; }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink); background: #fff;
-  margin: 0 auto; max-width: 1240px; padding: 2rem 1.5rem 4rem; }
+  margin: 0 auto; max-width: 1500px; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p.note { color: var(--mute); max-width: 75ch; font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th, td { padding: .4rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; background: var(--soft); vertical-align: bottom; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; font-weight: 600; }
 td:first-child { white-space: nowrap; }
 th:first-child, tr.baseline td { background: var(--soft); }
-td small { display: block; color: var(--mute); white-space: nowrap; font-weight: 400; }
+td small { display: block; font-size: .75rem; color: var(--mute); white-space: nowrap; font-weight: 400; }
 td .v { white-space: nowrap; }
 td small.sure { color: var(--ink); }
 td b { color: var(--good); }
