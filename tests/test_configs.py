@@ -85,7 +85,7 @@ def test_the_configs_are_found() -> None:
     assert len(METHODS) >= 8
     assert len(MODELS) >= 5
     others = {path.name for path in CONFIGS.glob("*.yaml")}
-    assert others == {"base.yaml", "quickstart.yaml"}, "test the new one"
+    assert others == {"base.yaml", "quickstart.yaml", "compare-quick.yaml"}, "test the new one"
 
 
 @pytest.mark.parametrize("name", METHODS)
