@@ -16,7 +16,7 @@ P, Q = (0.5, 0.5), (0.25, 0.75)
 
 
 def value(loss: Loss, writers: Sequence[str]) -> float:
-    """The loss of a response by each of `writers` to a prompt: the token 0 of two; of the student's own, the token 1."""
+    """The loss of a response by each of `writers`: the token 0 of two; of the student's own, the token 1."""
     rows = [Row((1, int(writer == "student")), (False, True), writer, "a prompt") for writer in writers]
     batch = collate(rows, pad_id=0)
     p, q = (torch.tensor([own] * len(rows), dtype=torch.float64).log() for own in (P, Q))
