@@ -333,7 +333,9 @@ def test_killed_in_the_middle_it_goes_on_with_the_run_it_was_in(folder: Path) ->
     def start(out: str) -> "subprocess.Popen[bytes]":
         config = write(folder, out, out=str(folder / out), slots=2, methods=methods, seeds=[0])
         command = [sys.executable, "-m", "distillkit.cli.main", "compare", "--config", config]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts
+        )  # fmt: skip
 
     assert start("alone").wait(400) == 0
     for happened, stop in (
@@ -355,6 +357,11 @@ def test_killed_in_the_middle_it_goes_on_with_the_run_it_was_in(folder: Path) ->
         assert one["usage"]["spent_tokens"] == other["usage"]["spent_tokens"]
     shards = [stored(folder / out / "responses") for out in ("killed", "alone")]
     assert shards[0] == shards[1]
+
+
+def heed_interrupts() -> None:
+    """What is started in the background ignores them, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_curation(out: Path) -> bool:
