@@ -141,7 +141,8 @@ def test_verifiers_of_ones_own_drafts_and_the_test_prompts(
     assert 0 < found["figures"]["drafted_acceptance"] <= 1
     assert 1 <= found["figures"]["tokens_per_check"] <= 4
     printed = capsys.readouterr().out
-    assert "kl " in printed
+    names = [line.split()[0] for line in printed.splitlines() if line.count("  ") and "." in line]
+    assert names.index("kl") < names.index("nll") < names.index("short")
     assert "KL(p‖q) to the teacher, nats per token of its responses" in printed
     assert printed.rstrip().endswith(str(tmp_path / "out"))
 

@@ -1,6 +1,7 @@
 """The verb `evaluate`: what a trained student is worth, as a file."""
 
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ def run(arguments: list[str]) -> int:
     if run_folder is not None:
         rest = [*_of_run(Path(run_folder), with_checkpoint=student is None), *rest]
     adapt = partial(_with_student, source=student)
+    # Lightning's, about a checkpoint's callbacks: measuring needs none of them.
+    warnings.filterwarnings("ignore", r".*callbacks used to create the checkpoint.*")
     launch(EvaluateCLI, "evaluate", rest, adapt, trainer_class=EvaluationTrainer, save_config_callback=None)
     return 0
 

@@ -21,6 +21,7 @@ MEANING = {
     "drafted_acceptance": "measured acceptance of drafted tokens at temperature 1",
     "tokens_per_check": "tokens for each forward pass of the teacher when the student drafts",
     "rouge_l": "ROUGE-L of the student's answers against the reference, %",
+    "distinct_2": "share of an answer's pairs of tokens that are new in it",
     "length": "tokens of an answer",
     "finished": "share of answers that end by themselves",
 }
@@ -53,7 +54,8 @@ def write(folder: Path, found: Mapping[str, Any], answers: Sequence[Answer]) -> 
 
 
 def table(figures: Mapping[str, float]) -> str:
-    """The figures, one in a line, each with what it is."""
+    """The figures, one in a line, each with what it is; those that are known come first."""
+    figures = {name: figures[name] for name in (*MEANING, *figures) if name in figures}
     width = max(map(len, figures), default=0)
     return "\n".join(
         f"{name:<{width}}  {value:>10.4f}  {MEANING.get(name, '')}".rstrip() for name, value in figures.items()
