@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,12 +79,14 @@ def write(folder: Path, name: str = "compare", **changed: Any) -> str:
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What was run. Processes are forked from a warm one, where the real ones start anew: the rest is the same."""
     run: list[tuple[str, ...]] = []
+    # A thread that starts a process with multiprocessing looks at the others' ends, and takes their exit status away.
+    one_at_a_time = threading.Lock()
 
     def warm(self: Any, own: compare_plan.Run, gpu: int | None, *arguments: str) -> int:
         run.append((arguments[0], own.method, str(own.seed)))
         log = own.folder / compare_runs.LOG
         log.open("a").close()
-        with process(logged, str(log), list(arguments)) as child:
+        with one_at_a_time, process(logged, str(log), list(arguments)) as child:
             return finish(child)
 
     monkeypatch.setattr(compare_runs.Runner, "_process", warm)

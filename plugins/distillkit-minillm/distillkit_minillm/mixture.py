@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from distillkit.curators.rounds import Rounds
 from distillkit.curators.single import SampledCurator
+from distillkit.errors import ConfigError
 from distillkit.generators.drafting import Reader
 from distillkit.generators.sampling import draw_from, processed
 from distillkit.interfaces import Generator
@@ -23,15 +24,17 @@ class MixtureGenerator(Generator):
 
     Args:
         teacher_share: α in [0, 1).
-        batch_size: Prompts continued at once.
+        batch_size: Prompts continued at once, at least 1.
 
     Raises:
-        ConfigError: If `teacher_share` is out of range.
+        ConfigError: If a number is out of range.
     """
 
     models = ("student", "teacher")
 
     def __init__(self, teacher_share: float = 0.2, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"MixtureGenerator.batch_size must be at least 1, got {batch_size}.")
         self.share, self.batch_size = checked_share("MixtureGenerator.teacher_share", teacher_share), batch_size
         self._models: Any = None
 

@@ -133,6 +133,15 @@ def test_a_number_out_of_range_is_refused(settings, message):
         MiniLLM(**settings)
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"batch_size": 0}, r"MixtureGenerator\.batch_size must be at least 1, got 0"),
+    ({"teacher_share": -0.1}, r"MixtureGenerator\.teacher_share must"),
+])  # fmt: skip
+def test_a_mixture_that_is_none_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        MixtureCurator(**settings)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_the_generator_keeps_its_contract(share):
     check_generator(lambda: MixtureGenerator(share, batch_size=2))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,12 @@ class CrossTokenizerTeacher(TransformersTeacher):
 
     shares_tokens = False
 
-    def __init__(self, source: str, dtype: Any = "bfloat16", attn_implementation: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        attn_implementation: str | None = None,
+    ) -> None:
         super().__init__(source, dtype, attn_implementation)
         self._rows: dict[bytes, tuple[Row, list[int | None]]] = {}
         self._before: dict[bytes, tuple[Row, list[int | None]]] = {}

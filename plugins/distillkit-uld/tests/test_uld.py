@@ -251,6 +251,13 @@ def test_what_such_a_teacher_can_not_do_is_said_before_a_model_is_loaded(model, 
     assert message in capsys.readouterr().err
 
 
+def test_it_checks_no_drafts_of_the_student(root, capsys, monkeypatch):
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    monkeypatch.setattr("distillkit.module.DistillModule.configure_model", lambda self: pytest.fail("model loaded"))
+    assert main(["evaluate", "--config", config(root, "drafts"), "--draft", "2"]) == 1
+    assert "--draft needs a teacher that reads the student's tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["weight", "cross_entropy"])
 def test_a_negative_weight_is_refused(name):
     with pytest.raises(ConfigError, match=rf"ULD\.{name} must be at least 0, got -1\.0"):

@@ -48,7 +48,7 @@ class Budget(Callback):
         self.has_limit = bool(given)
         self.spent_tokens, self.step_seconds, self.curation_seconds = 0, 0.0, 0.0
         self.teacher_tokens = 0
-        self._before: dict[str, Any] = {"seconds": 0.0, "written": Counter()}  # in the sessions before this one
+        self._before: dict[str, Any] = {"seconds": 0.0, "written": Counter()}  # until the checkpoint
         self._teacher: ModelFlops | None = None
         self._start = 0.0
         self._seen: dict[str, set[bytes]] = {}
@@ -82,10 +82,11 @@ class Budget(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         """Counts a micro-batch, before its step moves the schedules."""
-        tokens = torch.tensor(float(batch.num_tokens), dtype=torch.float64, device=pl_module.device)
+        tokens = batch.num_tokens  # known on the host: a single rank must not wait for its device
         if trainer.world_size > 1:
-            tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
-        self.spent_tokens += int(tokens)
+            own = torch.tensor(float(tokens), dtype=torch.float64, device=pl_module.device)
+            tokens = int(trainer.strategy.reduce(own, reduce_op="sum"))
+        self.spent_tokens += tokens
         self.teacher_tokens += 0 if self._teacher is None else self._teacher.tokens(batch)
         for key, writer, length in zip(batch.keys, batch.writer, batch.lengths, strict=True):
             seen = self._seen.setdefault(writer, set())
@@ -127,7 +128,7 @@ class Budget(Callback):
         }
 
     def _written(self, module: Any) -> Counter[str]:
-        """Tokens that were written, in this session and before."""
+        """Tokens that were written, until the checkpoint that the run goes on from and since."""
         now = {name: getattr(own, "num_tokens", 0) for name, own in module.writers.generators.items()}
         return Counter(self._before["written"]) + Counter(now)
 

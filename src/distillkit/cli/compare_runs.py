@@ -119,10 +119,11 @@ class Runner:
 
     def _curate(self, open_runs: list[Run]) -> None:
         """Has what several runs need written before them, by one process after the other."""
-        methods = {(run.method, run.seed) for run in open_runs if not (run.folder / FITTED).exists()}
+        if all((run.folder / FITTED).exists() for run in open_runs):
+            return
         for run in self.plan.curations():
             marker = self.plan.out / "curated" / f"{run.method}-seed-{run.seed}"
-            if marker.exists() or not methods:
+            if marker.exists():
                 continue
             start = time.perf_counter()
             status = self._process(run, None, "curate", "--config", str(run.file))

@@ -128,10 +128,10 @@ class EvaluationTrainer(Trainer):
         folder = Path(out) if out is not None else Path(self.default_root_dir) / "evaluation"
         if (folder / "evaluation.json").exists() and not overwrite:
             raise ConfigError(f"{folder} holds an evaluation already: name another by --out, or give --overwrite=true.")
-        if draft < 0 or (draft and model.teacher is None):
-            raise ConfigError(
-                f"--draft must be at least 0, got {draft}." if draft < 0 else "--draft needs a teacher: leave it out."
-            )
+        if draft < 0:
+            raise ConfigError(f"--draft must be at least 0, got {draft}.")
+        if draft and model.speaker is None:
+            raise ConfigError("--draft needs a teacher that reads the student's tokens: leave it out.")
         if samples < 0 or (samples and model.held_out.verifiers == METRICS):
             raise ConfigError(
                 f"--samples must be at least 0, got {samples}." if samples < 0
@@ -181,11 +181,14 @@ class Drafts(Callback):
         self.block = block
         self.figures: dict[str, float] = {}
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses a teacher that can't check, before anything is measured."""
+        if pl_module.teacher.model is None:
+            raise ConfigError("--draft needs a teacher whose model is in this process: leave it out.")
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """While both models are on the device."""
         teacher = pl_module.teacher.model
-        if teacher is None:
-            raise ConfigError("--draft needs a teacher whose model is in this process: leave it out.")
         generator = SpeculativeGenerator("exact", self.block, progress=False)
         generator.refresh(nn.ModuleDict({"student": pl_module.student, "teacher": teacher}), pl_module.tokenizer)
         prompts = trainer.datamodule.prompts["val" if trainer.state.fn == "validate" else "test"]
@@ -193,7 +196,7 @@ class Drafts(Callback):
         found = generator.figures()
         self.figures = {"drafted_acceptance": found["acceptance"], "tokens_per_check": found["tokens_per_check"]}
 
-    on_test_end = on_validation_end
+    on_test_start, on_test_end = on_validation_start, on_validation_end
 
 
 class Passes(Callback):

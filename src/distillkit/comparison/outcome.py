@@ -2,6 +2,8 @@
 
 import csv
 import json
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ class Outcome:
 
         Lightning logs what it has after n steps under n − 1; figures of before training are logged under 0.
         """
-        spent = [dict(self.series.get(f"train/spent_{unit}", [])) for unit in ("tokens", "seconds")]
+        spent = [self.series.get(f"train/spent_{unit}", []) for unit in ("tokens", "seconds")]
         found = []
         for step, value in self.series.get(name, []):
             if step == 0 and name.startswith("val/"):
@@ -76,10 +78,10 @@ class Outcome:
         return found
 
 
-def _at(spent: dict[int, float], step: int) -> float:
-    """What was spent when something was logged under `step`."""
-    before = [at for at in spent if at <= step]
-    return spent[max(before)] if before else 0.0
+def _at(spent: Sequence[tuple[int, float]], step: int) -> float:
+    """What was spent when something was logged under `step`; `spent` is in the order of steps."""
+    place = bisect_right(spent, step, key=lambda point: point[0])
+    return spent[place - 1][1] if place else 0.0
 
 
 def read(folder: Path, method: str, seed: int) -> Outcome:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distillkit.comparison.statistics import COVERAGE
 from distillkit.comparison.summary import LOWER_IS_BETTER, WITHOUT_DIRECTION
 
 _DIGEST = re.compile(r"#sha256=[0-9a-f]+")  # results.json has it
@@ -76,7 +77,9 @@ def status(method: Mapping[str, Any]) -> str:
 def explanation(found: Mapping[str, Any]) -> str:
     """How the table is to be read."""
     several = len(found["seeds"]) > 1
-    return EXPLANATION.format(baseline=found["baseline"], coverage=95, and_seeds=" and seeds" if several else "")
+    return EXPLANATION.format(
+        baseline=found["baseline"], coverage=round(100 * COVERAGE), and_seeds=" and seeds" if several else ""
+    )
 
 
 def about(found: Mapping[str, Any]) -> list[tuple[str, str]]:
