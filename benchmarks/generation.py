@@ -1,4 +1,4 @@
-"""How fast responses are written: by transformers' `generate`, by our generator in process, and by vLLM.
+"""Generation speed: transformers' `generate`, the in-process generator, and vLLM.
 
 SmolLM2-135M answers the quickstart's held-out prompts. Each side is set up as its user would: `plain` is
 `model.generate` written by hand, all prompts in batches padded on the left; `transformers` and `vllm` are the
@@ -29,15 +29,12 @@ import transformers
 import yaml
 from measure import ChildError, Job, child_job, report, run_child
 from results import add_output_options, table, version, write_json
-from step_workload import QUICKSTART, quickstart_pair
+from steps.workload import QUICKSTART, quickstart_pair
 
-from distillkit.data.chat import encode_all
-from distillkit.data.records import Source
-from distillkit.generators.in_process import TransformersGenerator
-from distillkit.generators.vllm import VLLMGenerator
+from distillkit.data import Source, encode_all
+from distillkit.generators import TransformersGenerator, VLLMGenerator
 from distillkit.interfaces import Generator
-from distillkit.models.student import Student
-from distillkit.models.tokenizers import eos_ids
+from distillkit.models import Student, eos_ids
 from distillkit.types import Prompts, Sampling
 
 SIDES = ("plain", "transformers", "vllm")
@@ -49,17 +46,17 @@ Tokens = list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Work:
-    """What a child does; plain values.
+    """Settings of a child process, as plain values.
 
     Args:
         side: One of `SIDES`.
         dtype: Type of the weights.
         sampling: A key of `SAMPLINGS`.
-        prompts: How many.
-        tokens: Longest response.
-        batch_size: Responses written at once.
-        threads: Threads of torch, and of vLLM.
-        layers: The first so many of the model's layers; 0 is all.
+        prompts: Number of prompts.
+        tokens: Maximum length of a response.
+        batch_size: Responses generated at once.
+        threads: Threads of torch and of vLLM.
+        layers: Number of the model's layers that are used, from the first; 0 is all.
     """
 
     side: str
@@ -72,7 +69,7 @@ class Work:
     layers: int = 0
 
     def settings(self, tokens: int) -> Sampling:
-        """How responses of at most so many tokens are drawn."""
+        """Sampling settings for responses of at most `tokens` tokens."""
         return Sampling(**{**asdict(SAMPLINGS[self.sampling]), "max_new_tokens": tokens})
 
 
@@ -98,13 +95,23 @@ def main() -> None:
     for dtype in options.dtypes:
         for sampling in options.samplings:
             works = [
-                Work(side, dtype, sampling, options.prompts, options.tokens, options.batch_size, options.threads,
-                     options.layers)
+                Work(
+                    side,
+                    dtype,
+                    sampling,
+                    options.prompts,
+                    options.tokens,
+                    options.batch_size,
+                    options.threads,
+                    options.layers,
+                )
                 for side in sides
-            ]  # fmt: skip
+            ]
             rows += compared(works, options.repeats)
-            kept = [{name: value for name, value in row.items() if name != "written"} for row in rows]
-            write_json(options.json, kept, vars(options) | {"vllm": vllm_version()})  # so far: the rest takes minutes
+            reported = [{name: value for name, value in row.items() if name != "written"} for row in rows]
+            write_json(
+                options.json, reported, vars(options) | {"vllm": vllm_version()}
+            )  # so far: the rest takes minutes
     print(as_table(rows, options.markdown))
     short = [row for row in rows if row.get("agreement", 1.0) < AGREEMENT and row["dtype"] == "float32"]
     if short:
@@ -132,10 +139,10 @@ def compared(works: Sequence[Work], repeats: int) -> list[Job]:
         if work.side in skipped:
             rows.append(asdict(work) | {"skipped": skipped[work.side]})
             continue
-        found = runs[work.side]
-        row = asdict(work) | {"written": found[-1]["written"], "new_tokens": found[-1]["new_tokens"]}
-        row |= {key: median(run[key] for run in found) for key in ("wall", "cpu", "rate", "cpu_rate")}
-        row["runs"] = [{key: value for key, value in run.items() if key != "written"} for run in found]
+        results = runs[work.side]
+        row = asdict(work) | {"written": results[-1]["written"], "new_tokens": results[-1]["new_tokens"]}
+        row |= {key: median(run[key] for run in results) for key in ("wall", "cpu", "rate", "cpu_rate")}
+        row["runs"] = [{key: value for key, value in run.items() if key != "written"} for run in results]
         rows.append(row)
     first = next((row for row in rows if "skipped" not in row), None)
     for row in rows:
@@ -146,12 +153,12 @@ def compared(works: Sequence[Work], repeats: int) -> list[Job]:
     return rows
 
 
-def agreement(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
-    """The share of `expected`'s tokens that stand before the first difference."""
+def agreement(responses: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
+    """Share of the expected tokens before the first difference."""
     agreed = 0
-    for ours, theirs in zip(found, expected, strict=True):
-        pairs = enumerate(zip(ours, theirs, strict=False))
-        agreed += next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    for response, reference in zip(responses, expected, strict=True):
+        pairs = enumerate(zip(response, reference, strict=False))
+        agreed += next((index for index, (a, b) in pairs if a != b), min(len(response), len(reference)))
     return agreed / sum(map(len, expected))
 
 
@@ -169,8 +176,16 @@ def child(job: Job) -> None:
     written = write(prompts, work.settings(work.tokens))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     count = sum(map(len, written))
-    report({"wall": wall, "cpu": cpu, "new_tokens": count, "rate": count / wall, "cpu_rate": count / cpu,
-            "written": written})  # fmt: skip
+    report(
+        {
+            "wall": wall,
+            "cpu": cpu,
+            "new_tokens": count,
+            "rate": count / wall,
+            "cpu_rate": count / cpu,
+            "written": written,
+        }
+    )
 
 
 def quickstart_prompts(tokenizer: Any, model: Any, count: int) -> Prompts:
@@ -178,14 +193,19 @@ def quickstart_prompts(tokenizer: Any, model: Any, count: int) -> Prompts:
     data = yaml.safe_load(QUICKSTART.read_text())["data"]
     file = data["val"].replace("${config_dir}", str(QUICKSTART.parent))
     encoded, _ = encode_all(
-        Source(file, limit=count).records(), tokenizer, eos_ids(tokenizer, model),
-        chat=True, system=data["system"], max_length=2048, overlong="error",
-    )  # fmt: skip
+        Source(file, limit=count).records(),
+        tokenizer,
+        eos_ids(tokenizer, model),
+        chat=True,
+        system=data["system"],
+        max_length=2048,
+        overlong="error",
+    )
     return Prompts(tuple(encoded))
 
 
 def writer(work: Work, model: Any, tokenizer: Any) -> Callable[[Prompts, Sampling], Tokens]:
-    """What writes the tokens of one response per prompt, ready to go."""
+    """A function that generates the tokens of one response per prompt, with its model loaded."""
     if work.side == "plain":
         return lambda prompts, sampling: plain(model, tokenizer, prompts, sampling, work.batch_size)
     generator: Generator
@@ -204,18 +224,21 @@ def plain(model: Any, tokenizer: Any, prompts: Prompts, sampling: Sampling, batc
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    ends, found = set(eos_ids(tokenizer, model)), []
+    ends, responses = set(eos_ids(tokenizer, model)), []
     for start in range(0, len(prompts), batch_size):
         rows = {"input_ids": [list(prompt.input_ids) for prompt in prompts[start : start + batch_size]]}
         batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
         written = model.generate(
-            **batch, **drawn, max_new_tokens=sampling.max_new_tokens, eos_token_id=sorted(ends),
+            **batch,
+            **drawn,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+        )[:, batch["input_ids"].shape[1] :]
         for row in written.tolist():
-            stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-            found.append(tuple(row[:stop]))
-    return found
+            stop = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+            responses.append(tuple(row[:stop]))
+    return responses
 
 
 def as_table(rows: Sequence[Job], markdown: bool) -> str:
@@ -227,8 +250,13 @@ def as_table(rows: Sequence[Job], markdown: bool) -> str:
             figures = [row["skipped"], *("–" for _ in header[4:])]
         else:
             agreed = f"{row['agreement']:.3f}" if "agreement" in row else "–"
-            figures = [str(row["new_tokens"]), f"{row['rate']:.1f}", f"{row['ratio']:.2f}", f"{row['cpu_ratio']:.2f}",
-                       agreed]  # fmt: skip
+            figures = [
+                str(row["new_tokens"]),
+                f"{row['rate']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{row['cpu_ratio']:.2f}",
+                agreed,
+            ]
         lines.append([row["dtype"], row["sampling"], row["side"], *figures])
     return table(header, lines, markdown)
 

@@ -1,4 +1,4 @@
-"""What a step of distillkit saves by laying rows end to end, and by sharing what the rows of a prompt begin with.
+"""Time saved in a training step by packing rows, and by sharing the prefix of the rows of a prompt.
 
 The step is that of `step.py`, with its processes in turn; the three variants differ in `DistillData.layout` alone. Body
 tokens are those that pass through the layers of both models, padding included. No speed is printed before the first
@@ -25,11 +25,11 @@ from step import (
     step_options,
     summary,
 )
-from step_distillkit import as_row
-from step_trainers import LAYOUTS
-from step_workload import LENGTHS, SHAPES, Setup, step_examples
+from steps.trainers import LAYOUTS
+from steps.with_distillkit import as_row
+from steps.workload import LENGTHS, SHAPES, Setup, step_examples
 
-from distillkit.data.collate import Layout, collate
+from distillkit.data import Layout, collate
 from distillkit.errors import DistillKitError
 
 ALLOWED = AGREEMENT | {"32-true": 1e-5}

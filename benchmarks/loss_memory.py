@@ -22,12 +22,10 @@ from measure import Inputs, Job, add_common_options, alternate, child_job, make_
 from results import table, version, write_json
 from torch import Tensor
 
-from distillkit.heads import OutputHead
+from distillkit.chunked import OutputHead
 from distillkit.interfaces import Loss
-from distillkit.losses.jsd import GeneralizedJSD
-from distillkit.losses.kl import ForwardKL
-from distillkit.losses.skew import SkewKL, SkewReverseKL
-from distillkit.types import Scores
+from distillkit.losses import ForwardKL, GeneralizedJSD, SkewKL, SkewReverseKL
+from distillkit.types import Scores, Slicing
 
 GRIDS = {"small": ((256, 1024), (32_768,)), "full": ((256, 1024, 8192), (32_768, 151_936))}
 """N and V."""
@@ -75,9 +73,10 @@ DIVERGENCES = {
 }
 
 
-def distillkit(inputs: Inputs, divergence: Divergence) -> Tensor:
+def distillkit(inputs: Inputs, divergence: Divergence, compiled: bool = False) -> Tensor:
     vocab = inputs.student.out_features
-    student = Scores(inputs.student_hidden, OutputHead(inputs.student, vocab), vocab)
+    slicing = Slicing(compile=compiled)
+    student = Scores(inputs.student_hidden, OutputHead(inputs.student, vocab), vocab, slicing=slicing)
     teacher = Scores(inputs.teacher_hidden, OutputHead(inputs.teacher, vocab), vocab)
     output = divergence.ours()(student, teacher, inputs.batch)
     return output.total / output.units
@@ -108,10 +107,12 @@ def trl_chunked(inputs: Inputs, divergence: Divergence) -> Tensor:
     return values.mean()
 
 
-def liger(inputs: Inputs, divergence: Divergence) -> Tensor:
+def liger(inputs: Inputs, divergence: Divergence, compiled: bool = False, chunk_size: int = 1024) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=divergence.beta, compiled=False)
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=divergence.beta, compiled=compiled, chunk_size=chunk_size
+    )
     student = (inputs.student_hidden, inputs.student.weight)
     return loss(*student, inputs.teacher_hidden, inputs.teacher.weight, inputs.batch.targets, None, None)
 
@@ -121,12 +122,12 @@ class Implementation:
     """One way to compute it.
 
     Args:
-        run: The mean of the divergence, with a graph.
+        run: The mean of the divergence, with a graph; some take keyword options besides.
         package: What has to be installed.
         tile: Positions and tokens past which its memory stops to grow; None where memory is bounded anyway.
     """
 
-    run: Callable[[Inputs, Divergence], Tensor]
+    run: Callable[..., Tensor]
     package: str
     tile: tuple[float, float] | None = None
 
@@ -165,12 +166,12 @@ def measure(job: Job) -> Job:
         "extra_bytes": usage.extra - inputs.gradient_bytes(),
         "memory_method": usage.method,
         "value": float(value),
-        **_fingerprint("hidden", hidden_grad),
-        **_fingerprint("head", weight_grad),
+        **fingerprint("hidden", hidden_grad),
+        **fingerprint("head", weight_grad),
     }
 
 
-def _fingerprint(name: str, grad: Tensor) -> dict[str, float]:
+def fingerprint(name: str, grad: Tensor) -> dict[str, float]:
     """Norm of a gradient `[n, D]`, and its product with random vectors from both sides, which tells its direction."""
     draw = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, generator=draw).to(grad.device) for size in grad.shape)
@@ -180,11 +181,11 @@ def _fingerprint(name: str, grad: Tensor) -> dict[str, float]:
     }
 
 
-def deviation(found: Job, expected: Job) -> float:
+def deviation(result: Job, expected: Job) -> float:
     """Largest relative difference of value, gradient norms and probes (these relative to the norm)."""
     scales = {"value": "value", "hidden_norm": "hidden_norm", "head_norm": "head_norm"}
     scales |= {"hidden_probe": "hidden_norm", "head_probe": "head_norm"}
-    return max(abs(found[name] - expected[name]) / abs(expected[scale]) for name, scale in scales.items())
+    return max(abs(result[name] - expected[name]) / abs(expected[scale]) for name, scale in scales.items())
 
 
 def run_point(job: Job, names: Sequence[str], repeats: int) -> dict[str, Job]:
@@ -207,11 +208,11 @@ def estimate(name: str, job: Job, rows: Sequence[Job]) -> float:
     """Bytes that `name` will need, from its first measured point: memory goes with N·V, up to the size of its tile."""
     tile = IMPLEMENTATIONS[name].tile
     same = (row for row in rows if row["implementation"] == name and row["divergence"] == job["divergence"])
-    known = next((row for row in same if "extra_bytes" in row), None)
-    if tile is None or known is None:
+    measured = next((row for row in same if "extra_bytes" in row), None)
+    if tile is None or measured is None:
         return 0.0
-    cells, known_cells = (min(at["positions"], tile[0]) * min(at["vocab"], tile[1]) for at in (job, known))
-    return known["extra_bytes"] * cells / known_cells
+    cells, measured_cells = (min(at["positions"], tile[0]) * min(at["vocab"], tile[1]) for at in (job, measured))
+    return measured["extra_bytes"] * cells / measured_cells
 
 
 def as_table(rows: Sequence[Job], markdown: bool) -> str:
@@ -246,9 +247,9 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", choices=tuple(IMPLEMENTATIONS), default=tuple(IMPLEMENTATIONS))
     parser.add_argument("--limit", type=float, default=16.0, help="GiB past which an implementation is not run")
     options = parser.parse_args()
-    wanted = [name for name in IMPLEMENTATIONS if name in options.implementations]
-    installed = [name for name in wanted if version(IMPLEMENTATIONS[name].package)]
-    for name in set(wanted) - set(installed):
+    requested = [name for name in IMPLEMENTATIONS if name in options.implementations]
+    installed = [name for name in requested if version(IMPLEMENTATIONS[name].package)]
+    for name in set(requested) - set(installed):
         print(f"{name}: {IMPLEMENTATIONS[name].package} is not installed, left out", file=sys.stderr)
     all_positions, all_vocab = GRIDS[options.grid]
     all_positions, all_vocab = options.positions or all_positions, options.vocab or all_vocab
@@ -265,12 +266,12 @@ def main() -> None:
                 continue
             too_large = [name for name in names if estimate(name, job, rows) > options.limit * 2**30]
             print(f"{divergence} N={positions} V={vocab}", file=sys.stderr)
-            found = run_point(job, [name for name in names if name not in too_large], options.repeats)
+            results = run_point(job, [name for name in names if name not in too_large], options.repeats)
             if (positions, vocab) == points[0]:
                 is_wide = options.dtype == "float32"
-                check_agreement(found if is_wide else run_point({**job, "dtype": "float32"}, names, 1))
+                check_agreement(results if is_wide else run_point({**job, "dtype": "float32"}, names, 1))
             skipped = {"skipped": f"> {options.limit:g} GiB (est.)"}
-            rows += [found.get(name, {**job, "implementation": name, **skipped}) for name in names]
+            rows += [results.get(name, {**job, "implementation": name, **skipped}) for name in names]
             write_json(options.json, rows, vars(options))
     print(as_table(rows, options.markdown))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, child processes, time and peak memory.
+"""Shared by the benchmarks: inputs, child processes, time and peak memory.
 
 Letters: N positions, V vocabulary, D hidden width.
 """
@@ -24,7 +24,7 @@ import torch
 from results import add_output_options
 from torch import Tensor, nn
 
-from distillkit.testing.batches import make_batch
+from distillkit.testing import make_batch
 from distillkit.types import Batch
 
 Result = TypeVar("Result")
@@ -147,7 +147,7 @@ def _trim_heap() -> None:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a piece of work took: seconds on the clock, seconds of all threads, bytes at the peak."""
+    """Cost of a piece of work: wall-clock seconds, CPU seconds of all threads, peak bytes."""
 
     wall: float
     cpu: float
@@ -168,7 +168,7 @@ def measured(work: Callable[[], Result], device: torch.device) -> tuple[Usage, R
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both models hand to the loss: hidden states `[N, D]`, heads `[V, D]`, the batch of the N positions."""
+    """Inputs of the loss from both models: hidden states `[N, D]`, heads `[V, D]`, the batch of the N positions."""
 
     student_hidden: Tensor
     student: nn.Linear
@@ -186,22 +186,26 @@ def make_inputs(positions: int, vocab: int, width: int, dtype: torch.dtype, devi
 
     The batch has rows of about `ROW_POSITIONS` positions, written by the teacher and the student in turn.
     """
-    draw = torch.Generator().manual_seed(0)
-    teacher_hidden = torch.randn(positions, width, generator=draw)
-    student_hidden = 0.8 * teacher_hidden + 0.6 * torch.randn(positions, width, generator=draw)
-    weight = torch.randn(vocab, width, generator=draw).mul_(2 / width**0.5)
+    draw = torch.Generator(device).manual_seed(0)
+
+    def drawn(rows: int) -> Tensor:
+        return torch.randn(rows, width, generator=draw, device=device)
+
+    teacher_hidden = drawn(positions)
+    student_hidden = 0.8 * teacher_hidden + 0.6 * drawn(positions)
+    weight = drawn(vocab).mul_(2 / width**0.5)
     heads = []
     for noise in (0.3, 0.0):
         head = nn.Linear(width, vocab, bias=False, device="meta")
-        own = weight if noise == 0 else weight + noise * 2 / width**0.5 * torch.randn(vocab, width, generator=draw)
-        head.weight = nn.Parameter(own.to(device, dtype), requires_grad=noise > 0)
+        head_weight = weight if noise == 0 else weight + noise * 2 / width**0.5 * drawn(vocab)
+        head.weight = nn.Parameter(head_weight.to(dtype), requires_grad=noise > 0)
         heads.append(head)
     rows = -(-positions // ROW_POSITIONS)
     lengths = [positions // rows + (row < positions % rows) for row in range(rows)]
     writers = [("teacher", "student")[row % 2] for row in range(rows)]
     batch = make_batch(lengths, writers, [row // 2 for row in range(rows)], vocab).to(device)
-    hidden = student_hidden.to(device, dtype).requires_grad_()
-    return Inputs(hidden, heads[0], teacher_hidden.to(device, dtype), heads[1], batch)
+    hidden = student_hidden.to(dtype).requires_grad_()
+    return Inputs(hidden, heads[0], teacher_hidden.to(dtype), heads[1], batch)
 
 
 def alternate(script: str, jobs: Mapping[str, Job], repeats: int) -> dict[str, Job]:

@@ -38,7 +38,8 @@ def write_json(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[
     device = torch.device(str(settings.get("device", "cpu")))
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: found for name in names if (found := version(name))},
+        "versions": {"python": platform.python_version()}
+        | {name: installed for name in names if (installed := version(name))},
         "machine": {
             "system": platform.platform(),
             "cpu": _cpu_name(),

@@ -1,4 +1,4 @@
-"""How time and memory of the loss grow with the number of tokens and with the vocabulary.
+"""Scaling of a loss's time and memory with the number of tokens and the size of the vocabulary.
 
 Two losses, `ForwardKL` and `DistiLLM2`, with the gradients of the student's hidden states and head; and a whole step on
 two small random Llama models: both models' scores, the loss, the gradient of every parameter. For each sweep the
@@ -21,12 +21,11 @@ from measure import Job, add_common_options, alternate, child_job, make_inputs, 
 from results import table, write_json
 from torch import Tensor, nn
 
-from distillkit.heads import OutputHead
+from distillkit.chunked import OutputHead
 from distillkit.interfaces import Loss
-from distillkit.losses.distillm2 import DistiLLM2
-from distillkit.losses.kl import ForwardKL
-from distillkit.models.scoring import score
-from distillkit.testing.batches import make_batch
+from distillkit.losses import DistiLLM2, ForwardKL
+from distillkit.models import score
+from distillkit.testing import make_batch
 from distillkit.types import Batch, Scores
 
 LOSSES: dict[str, Callable[[], Loss]] = {"ForwardKL": ForwardKL, "DistiLLM2": DistiLLM2}

@@ -30,9 +30,9 @@ import torch
 import transformers
 from measure import ChildError, Job, child_job, report, run_child
 from results import add_output_options, table, write_json
-from step_clock import StepClock
-from step_trainers import LAYOUTS, VARIANTS
-from step_workload import LENGTHS, SHAPES, Setup, step_examples
+from steps.clock import StepClock
+from steps.trainers import LAYOUTS, VARIANTS
+from steps.workload import LENGTHS, SHAPES, Setup, step_examples
 
 from distillkit.errors import DistillKitError
 
@@ -68,10 +68,10 @@ def main() -> int:
         runs, errors = run_variants(setup, names, options.repeats)
         tokens = response_tokens(setup)
     agree = _print_losses(runs, AGREEMENT[options.precision], options.markdown)
-    lines = {name: summary(found, tokens, options.warmup) for name, found in runs.items()} if agree else {}
+    lines = {name: summary(results, tokens, options.warmup) for name, results in runs.items()} if agree else {}
     if lines:
         _print_table(lines, options.markdown)
-    rows = [{"variant": name, **lines.get(name, {}), "runs": found} for name, found in runs.items()]
+    rows = [{"variant": name, **lines.get(name, {}), "runs": results} for name, results in runs.items()]
     write_json(options.json, rows, vars(options) | {"errors": errors})
     return 0 if agree and not errors else 1
 
@@ -105,11 +105,18 @@ def step_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def make_setup(options: argparse.Namespace, folder: str, lengths: str) -> Setup:
-    """What the children are told, where `folder` holds the models."""
+    """Settings of the child processes; `folder` contains the models."""
     return Setup(
-        folder=folder, shape=options.shape, lengths=lengths, rows=options.rows, steps=options.warmup + options.steps,
-        device=options.device, precision=options.precision, threads=options.threads, seed=options.seed,
-    )  # fmt: skip
+        folder=folder,
+        shape=options.shape,
+        lengths=lengths,
+        rows=options.rows,
+        steps=options.warmup + options.steps,
+        device=options.device,
+        precision=options.precision,
+        threads=options.threads,
+        seed=options.seed,
+    )
 
 
 def _installed(names: Sequence[str]) -> list[str]:
@@ -123,37 +130,37 @@ def _installed(names: Sequence[str]) -> list[str]:
 def run_variants(
     setup: Setup, names: Sequence[str], repeats: int, with_memory: bool = True
 ) -> tuple[dict[str, list[Job]], dict[str, str]]:
-    """What each variant's processes reported, the one for memory last, and why a variant has none."""
+    """Reports of each variant's processes, the one for memory last, and the errors of variants that failed."""
     runs: dict[str, list[Job]] = {name: [] for name in names}
     errors: dict[str, str] = {}
     plan = [(name, "fill") for name in names if VARIANTS[name].fills]
     plan += [(name, "time") for _ in range(repeats) for name in names]
     plan += [(name, "memory") for name in names] if setup.device == "cpu" and with_memory else []
-    for number, (name, what) in enumerate(plan, 1):
+    for index, (name, phase) in enumerate(plan, 1):
         if name in errors:
             continue
-        print(f"\r{setup.lengths} {number}/{len(plan)} {what} {name}".ljust(60), end="", file=sys.stderr, flush=True)
-        steps = min(setup.steps, MEMORY_STEPS) if what == "memory" else setup.steps
+        print(f"\r{setup.lengths} {index}/{len(plan)} {phase} {name}".ljust(60), end="", file=sys.stderr, flush=True)
+        steps = min(setup.steps, MEMORY_STEPS) if phase == "memory" else setup.steps
         job = {"name": name, "setup": asdict(replace(setup, steps=steps))}
         try:
-            found = run_child(__file__, job, give_back=what == "memory")
+            result = run_child(__file__, job, give_back=phase == "memory")
         except ChildError as error:
             errors[name] = str(error)
             continue
-        if what != "fill":
-            runs[name].append(found | {"what": what})
+        if phase != "fill":
+            runs[name].append(result | {"what": phase})
     print("\r".ljust(60), end="\r", file=sys.stderr)
     for name, reason in errors.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
-    return {name: found for name, found in runs.items() if name not in errors}, errors
+    return {name: results for name, results in runs.items() if name not in errors}, errors
 
 
 def _measure(name: str, setup: dict[str, Any]) -> Job:
     """In a child: one run of one variant."""
-    given = Setup(**setup)
-    torch.set_num_threads(given.threads)
-    clock = StepClock(given.device)
-    VARIANTS[name].run(given, clock, **VARIANTS[name].options)
+    settings = Setup(**setup)
+    torch.set_num_threads(settings.threads)
+    clock = StepClock(settings.device)
+    VARIANTS[name].run(settings, clock, **VARIANTS[name].options)
     return clock.result()
 
 
@@ -164,13 +171,13 @@ def response_tokens(setup: Setup) -> list[int]:
 
 def deviations(runs: dict[str, list[Job]]) -> dict[str, tuple[float, float]]:
     """Largest relative deviation of each variant's first and last loss from those of the first variant."""
-    losses = {name: [run["losses"] for run in found if run["what"] == "time"] for name, found in runs.items()}
-    found = {}
-    for name, own in losses.items():
+    losses = {name: [run["losses"] for run in results if run["what"] == "time"] for name, results in runs.items()}
+    largest = {}
+    for name, variant_losses in losses.items():
         reference = next(iter(losses.values()))[0]
-        first, last = (max(abs(run[place] / reference[place] - 1) for run in own) for place in (0, -1))
-        found[name] = first, last
-    return found
+        first, last = (max(abs(run[step] / reference[step] - 1) for run in variant_losses) for step in (0, -1))
+        largest[name] = first, last
+    return largest
 
 
 def _print_losses(runs: dict[str, list[Job]], allowed: float, markdown: bool) -> bool:
@@ -191,12 +198,13 @@ def _print_losses(runs: dict[str, list[Job]], allowed: float, markdown: bool) ->
 
 
 def summary(runs: list[Job], tokens: list[int], warmup: int) -> dict[str, float]:
-    """The figures of one variant: medians over processes of each measured step, and peak memory."""
+    """Metrics of one variant: medians over processes of each measured step, and peak memory."""
     timed = [run for run in runs if run["what"] == "time"]
     remembered = [run for run in runs if run["what"] == "memory"] or timed
     first = warmup - 1  # the clock has no time for the first step
-    wall, cpu = ([median(step) for step in zip(*(run[kind][first:] for run in timed), strict=True)]
-                 for kind in ("wall", "cpu"))  # fmt: skip
+    wall, cpu = (
+        [median(step) for step in zip(*(run[kind][first:] for run in timed), strict=True)] for kind in ("wall", "cpu")
+    )
     return {
         "loss": timed[0]["losses"][0],
         "step_ms": 1e3 * median(wall),
@@ -214,11 +222,21 @@ def _print_table(lines: dict[str, dict[str, float]], markdown: bool) -> None:
         ratios = ["-"] * 3
         if baseline is not None:
             ratios = [f"{line[kind] / baseline[kind]:.2f}" for kind in ("tokens_per_second", "peak", "extra")]
-        figures = [f"{line['step_ms']:.0f}", f"{line['step_cpu_ms']:.0f}", f"{line['tokens_per_second']:.0f}"]
+        metrics = [f"{line['step_ms']:.0f}", f"{line['step_cpu_ms']:.0f}", f"{line['tokens_per_second']:.0f}"]
         peak, extra = (f"{line[kind] / 2**20:.0f}" for kind in ("peak", "extra"))
-        rows.append([name, f"{line['loss']:.6f}", *figures, ratios[0], peak, ratios[1], extra, ratios[2]])
-    header = ["variant", "step-1 loss", "ms/step", "cpu ms", "response tok/s", "ratio",
-              "peak MiB", "ratio", "extra MiB", "ratio"]  # fmt: skip
+        rows.append([name, f"{line['loss']:.6f}", *metrics, ratios[0], peak, ratios[1], extra, ratios[2]])
+    header = [
+        "variant",
+        "step-1 loss",
+        "ms/step",
+        "cpu ms",
+        "response tok/s",
+        "ratio",
+        "peak MiB",
+        "ratio",
+        "extra MiB",
+        "ratio",
+    ]
     print(table(header, rows, markdown))
     print(f"\nRatios are to {BASELINE}; extra is the peak over what was in use before the first step.")
 

@@ -1,9 +1,10 @@
-"""What a response store costs: time and memory of writing and reading many short responses, and bytes on disk.
+"""Cost of the response store: time and memory of writing and reading many short responses, and bytes on disk.
 
 Each phase is a process of its own. `write` makes responses one group at a time, as a generator would hand them over,
 and stores each group as a shard; `open` reads the manifests and makes the index; `look up` asks which of all prompts
 have no response; `read some` makes responses at random places; `read all` makes each once, in order, and lets it go.
-`hold all` keeps them all as objects: what a store without an index would need.
+`hold all` keeps them all as objects: what a store without an index would need. `verify` compares every file with its
+checksum, and `merge` copies the store into a new one beside it.
 
     python benchmarks/store.py
     python benchmarks/store.py --responses 10000000 --group 1024
@@ -25,7 +26,7 @@ from types import TracebackType
 from measure import Job, child_job, report, run_child
 from results import add_output_options, table, write_json
 
-from distillkit.store import Provenance, ResponseStore
+from distillkit.storage import Provenance, ResponseStore, merge, verify
 from distillkit.types import Response, Sampling
 
 SOME = 10_000
@@ -33,7 +34,7 @@ SOME = 10_000
 PASS = 4096
 """Responses that are read at once where all are."""
 PROVENANCE = Provenance("teacher", "0" * 16, Sampling(max_new_tokens=64), 0)
-PHASES = ("write", "open", "look up", "read some", "read all", "hold all")
+PHASES = ("write", "open", "look up", "read some", "read all", "hold all", "verify", "merge")
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
 
 def measured(job: Job) -> Job:
     """Time and memory of one phase."""
-    store = None if job["phase"] == "open" else ResponseStore(job["folder"])
+    store = None if job["phase"] in ("open", "verify", "merge") else ResponseStore(job["folder"])
     if store is not None and job["phase"] != "write":
         store.read(PROVENANCE)  # opened before the clock starts
     named = job["phase"] in ("look up", "read all", "hold all")
@@ -89,27 +90,34 @@ def measured(job: Job) -> Job:
 def run(job: Job, store: ResponseStore | None, names: list[str]) -> int:
     """Does the phase; how many responses it handled."""
     total, phase = job["responses"], job["phase"]
+    if phase == "verify":
+        assert not any(state.problem for state in verify(job["folder"])), "the store is whole"
+        return total
+    if phase == "merge":
+        (line,) = merge(f"{job['folder']}-merged", [job["folder"]])
+        assert f" {total} responses" in line, line
+        return total
     if store is None:
-        found = ResponseStore(job["folder"]).read(PROVENANCE)
-        assert len(found) == total, "the store has them all"
+        stored = ResponseStore(job["folder"]).read(PROVENANCE)
+        assert len(stored) == total, "the store has them all"
         return total
     if phase == "write":
         for group in groups(job):
             store.write(PROVENANCE, group)
         return total
-    found = store.read(PROVENANCE)
+    stored = store.read(PROVENANCE)
     if phase == "look up":
-        assert found.missing([*names, "none"]) == ["none"], "the store has them all"
+        assert stored.missing([*names, "none"]) == ["none"], "the store has them all"
     elif phase == "read some":
         chosen = Random(1).sample(range(total), min(SOME, total))
-        assert all(found[name_of(number)].token_ids == tokens_of(number, job) for number in chosen), "as written"
+        assert all(stored[name_of(number)].token_ids == tokens_of(number, job) for number in chosen), "as written"
         return len(chosen)
     elif phase == "read all":
         for start in range(0, total, PASS):
-            for number, response in enumerate(found.take(names[start : start + PASS]), start=start):
+            for number, response in enumerate(stored.take(names[start : start + PASS]), start=start):
                 assert response.token_ids == tokens_of(number, job), "as written"
     else:
-        assert len(found.take(names)) == total, "the store has them all"
+        assert len(stored.take(names)) == total, "the store has them all"
     return total
 
 
@@ -133,7 +141,7 @@ def name_of(number: int) -> str:
 
 def tokens_of(number: int, job: Job) -> tuple[int, ...]:
     """Its token ids."""
-    return tuple((number + place) % 50_000 for place in range(job["tokens"]))
+    return tuple((number + offset) % 50_000 for offset in range(job["tokens"]))
 
 
 def text_of(job: Job) -> str:
@@ -180,10 +188,14 @@ def cells(row: Job) -> list[str]:
     """A row of the table."""
     count = row["count"]
     return [
-        row["phase"], f"{count}", f"{row['seconds']:.2f}", f"{row['cpu']:.2f}",
+        row["phase"],
+        f"{count}",
+        f"{row['seconds']:.2f}",
+        f"{row['cpu']:.2f}",
         f"{1e6 * row['cpu'] / count:.1f}",
-        f"{row['memory'] / 2**20:.1f}", f"{row['memory'] / count:.0f}",
-    ]  # fmt: skip
+        f"{row['memory'] / 2**20:.1f}",
+        f"{row['memory'] / count:.0f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a teacher's cache costs and what it loses, on text that the teacher wrote.
+"""Cost and accuracy of the teacher cache, on responses that the teacher generated.
 
 The quickstart's pair: SmolLM2-135M greedily answers held-out prompts, and the student, 12 of its 30 layers without any
 training unless `--student` names another, is compared with it by KL(p‖q) at temperature 1, the mean over the response
@@ -12,7 +12,7 @@ the K+1 columns = p(tail) · KL(p in the tail ‖ q in the tail), at least 0 and
 The time of the live teacher is that of its body, that of a cache includes finding the rows; files are in memory by then
 as far as the system keeps them there. The head, which makes log-probabilities of hidden states, is in neither.
 
-Letters: N response tokens, V vocabulary, D hidden width, K tokens that are kept.
+Letters: N response tokens, V vocabulary, D hidden width, K tokens that are stored.
 """
 
 import argparse
@@ -31,21 +31,16 @@ import transformers
 import yaml
 from measure import Job
 from results import add_output_options, table, write_json
-from step_workload import QUICKSTART, quickstart_pair
+from steps.workload import QUICKSTART, quickstart_pair
 from torch import Tensor
 
-from distillkit.curators.single import TeacherCurator
-from distillkit.data.chat import encode_all
-from distillkit.data.collate import collate
-from distillkit.data.records import Source
+from distillkit.curators import TeacherCurator
+from distillkit.data import Source, collate, encode_all
 from distillkit.errors import DistillKitError
-from distillkit.generators.in_process import TransformersGenerator
+from distillkit.generators import TransformersGenerator
 from distillkit.losses import ForwardKL
-from distillkit.models.scoring import score
-from distillkit.models.student import Student
-from distillkit.models.tokenizers import eos_ids
-from distillkit.teachers.cached import CachedTeacher
-from distillkit.teachers.in_process import TransformersTeacher
+from distillkit.models import Student, eos_ids, score
+from distillkit.teachers import CachedTeacher, TransformersTeacher
 from distillkit.types import Batch, Prompts, Sampling, Scores
 
 HALF = 2.0**-11
@@ -82,18 +77,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         readers, sizes = {}, {}
         for keep, k in kinds:
-            name, place = keep if keep == "hidden" else f"top {k}", Path(folder) / f"{keep}-{k}"
-            readers[name] = written_cache(teacher, keep, k, place, batch)
-            sizes[name] = sum(file.stat().st_size for file in place.rglob("0*.safetensors"))
-        works = {"live": teacher, **readers}
-        found = {name: own.score(batch) for name, own in works.items()}
-        times = timed({name: own.score for name, own in works.items()}, batch, options.repeats)
-    rows = compared(student, found, batch)
+            name, cache = keep if keep == "hidden" else f"top {k}", Path(folder) / f"{keep}-{k}"
+            readers[name] = written_cache(teacher, keep, k, cache, batch)
+            sizes[name] = sum(file.stat().st_size for file in cache.rglob("0*.safetensors"))
+        teachers = {"live": teacher, **readers}
+        scores = {name: each.score(batch) for name, each in teachers.items()}
+        times = timed({name: each.score for name, each in teachers.items()}, batch, options.repeats)
+    rows = compared(student, scores, batch)
     for row in rows:
         row["microseconds"] = 1e6 * times[row["kept"]] / batch.num_tokens
         if row["kept"] != "live":
             row["disk_bytes"] = sizes[row["kept"]] / batch.num_tokens
-            row["formula_bytes"] = formula(found[row["kept"]], teacher.vocab_size)
+            row["formula_bytes"] = formula(scores[row["kept"]], teacher.vocab_size)
     write_json(options.json, rows, vars(options) | {"rows": len(batch.lengths), "response_tokens": batch.num_tokens})
     print(f"{len(batch.lengths)} responses, {batch.num_tokens} tokens; bytes and µs are those of a token.", end="\n\n")
     print(as_table(rows, options.markdown))
@@ -105,9 +100,14 @@ def written_batch(teacher: TransformersTeacher, prompts: int, tokens: int) -> Ba
     file = data["val"].replace("${config_dir}", str(QUICKSTART.parent))
     tokenizer = teacher.tokenizer()
     encoded, _ = encode_all(
-        Source(file, limit=prompts).records(), tokenizer, eos_ids(tokenizer, teacher.model),
-        chat=True, system=data["system"], max_length=2048, overlong="error",
-    )  # fmt: skip
+        Source(file, limit=prompts).records(),
+        tokenizer,
+        eos_ids(tokenizer, teacher.model),
+        chat=True,
+        system=data["system"],
+        max_length=2048,
+        overlong="error",
+    )
     generator = TransformersGenerator()
     assert teacher.model is not None, "the teacher is set up"
     generator.refresh(teacher.model, tokenizer)
@@ -141,26 +141,26 @@ def timed(works: Mapping[str, Callable[[Batch], Scores]], batch: Batch, repeats:
             if batch.input_ids.is_cuda:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: median(found) for name, found in seconds.items()}
+    return {name: median(readings) for name, readings in seconds.items()}
 
 
-def compared(student: Scores, found: Mapping[str, Scores], batch: Batch) -> list[Job]:
-    """Each teacher beside the live one: the divergence, what it lacks, and the gradient's direction."""
-    live = found["live"]
+def compared(student: Scores, scores: Mapping[str, Scores], batch: Batch) -> list[Job]:
+    """Compares each teacher with the live one: the divergence, what it lacks, and the gradient's direction."""
+    live = scores["live"]
     kl, grad = by_loss(student, live, batch)
     rows: list[Job] = []
-    for name, cached in found.items():
+    for name, cached in scores.items():
         print(f"comparing {name}", file=sys.stderr)
-        own_kl, own_grad = by_loss(student, cached, batch)
-        row: Job = {"kept": name, "kl": float(own_kl.mean()), "lacks": float((kl - own_kl).mean())}
-        row["cosine"] = float(torch.cosine_similarity(grad.flatten().double(), own_grad.flatten().double(), dim=0))
-        row["gradient_deviation"] = float((own_grad - grad).norm() / grad.norm())
-        if cached.support is None:
+        cached_kl, cached_grad = by_loss(student, cached, batch)
+        row: Job = {"kept": name, "kl": float(cached_kl.mean()), "lacks": float((kl - cached_kl).mean())}
+        row["cosine"] = float(torch.cosine_similarity(grad.flatten().double(), cached_grad.flatten().double(), dim=0))
+        row["gradient_deviation"] = float((cached_grad - grad).norm() / grad.norm())
+        if cached.top_k_ids is None:
             assert torch.equal(cached.hidden, live.hidden), f"{name}: hidden states differ"
             assert torch.equal(cached.log_probs(slice(SLICE)), live.log_probs(slice(SLICE))), f"{name}: heads differ"
-            assert torch.equal(own_kl, kl), f"{name}: the divergence differs"
+            assert torch.equal(cached_kl, kl), f"{name}: the divergence differs"
         else:
-            row |= {key: float(value.mean()) for key, value in tail(student, live, cached.support).items()}
+            row |= {key: float(value.mean()) for key, value in tail(student, live, cached.top_k_ids).items()}
             assert abs(row["lacks"] - row["chain_rule"]) <= row["rounding"] + 1e-5 * row["kl"], row
         rows.append(row)
     return rows
@@ -176,19 +176,19 @@ def by_loss(student: Scores, teacher: Scores, batch: Batch) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def tail(student: Scores, live: Scores, support: Tensor) -> dict[str, Tensor]:
-    """What the chain rule says of each position `[N]`, from both whole distributions in float64.
+def tail(student: Scores, live: Scores, top_k_ids: Tensor) -> dict[str, Tensor]:
+    """Terms of the chain rule at each position `[N]`, from both full distributions in float64.
 
     `tail_mass`; `chain_rule`, p(tail) · KL in the tail; `bound`, p(tail) · largest log ratio there; and `rounding`, the
     most that half precision of the kept log p may change: Σ p |log p/q + 1| · |log p| · 2⁻¹¹, to first order.
     """
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(support), SLICE):
+    for start in range(0, len(top_k_ids), SLICE):
         part = slice(start, start + SLICE)
-        ids, logp, logq = support[part], live.log_probs(part).double(), student.log_probs(part).double()
+        ids, logp, logq = top_k_ids[part], live.log_probs(part).double(), student.log_probs(part).double()
         top_p, top_q = logp.gather(-1, ids), logq.gather(-1, ids)  # [n, K]
         half = (top_p.exp() * (top_p - top_q + 1).abs() * top_p.abs() * HALF).sum(-1)
-        rest_p, rest_q = (own.scatter_(-1, ids, -torch.inf) for own in (logp, logq))
+        rest_p, rest_q = (log_probs.scatter_(-1, ids, -torch.inf) for log_probs in (logp, logq))
         log_mass, inside = rest_p.logsumexp(-1), rest_p > -torch.inf
         ratio = (rest_p - log_mass[:, None]) - (rest_q - rest_q.logsumexp(-1, keepdim=True))
         mass = log_mass.exp()
@@ -201,17 +201,24 @@ def tail(student: Scores, live: Scores, support: Tensor) -> dict[str, Tensor]:
 
 def formula(scores: Scores, vocab: int) -> int:
     """Bytes of a token by docs/models.md."""
-    if scores.support is None:
+    if scores.top_k_ids is None:
         return scores.hidden.shape[-1] * scores.hidden.element_size()
-    return scores.support.shape[-1] * (2 + (2 if vocab <= 2**16 else 4)) + 8
+    return scores.top_k_ids.shape[-1] * (2 + (2 if vocab <= 2**16 else 4)) + 8
 
 
 def as_table(rows: Sequence[Job], markdown: bool) -> str:
     """The rows; a dash where there is nothing to say."""
     formats = {
-        "formula_bytes": ".0f", "disk_bytes": ".1f", "microseconds": ".1f", "kl": ".5f", "lacks": ".6f",
-        "chain_rule": ".6f", "bound": ".4f", "tail_mass": ".5f", "cosine": ".7f",
-    }  # fmt: skip
+        "formula_bytes": ".0f",
+        "disk_bytes": ".1f",
+        "microseconds": ".1f",
+        "kl": ".5f",
+        "lacks": ".6f",
+        "chain_rule": ".6f",
+        "bound": ".4f",
+        "tail_mass": ".5f",
+        "cosine": ".7f",
+    }
 
     def cells(row: Mapping[str, Any]) -> list[str]:
         return [format(row[name], form) if name in row else "–" for name, form in formats.items()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,60 @@ def test_a_cache_of_the_real_teacher_loses_what_the_chain_rule_says(tmp_path):
 @pytest.mark.slow
 def test_a_store_gives_back_what_was_written(tmp_path):
     found = run(tmp_path, "store.py", "--responses", "600", "--tokens", "4", "--log-probs")
-    assert [row["count"] for row in found["rows"]] == [600] * 6
+    assert [row["count"] for row in found["rows"]] == [600] * 8
     assert found["settings"]["files"] == 5 + 1 + 1, "shards, the manifest and its lock"
     assert 600 * 36 < found["settings"]["bytes"] * 600 < 600 * 400
+
+
+@pytest.mark.long
+def test_every_family_gives_what_a_plain_loop_gives(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- made by benchmarks/families.py -->\nold\n<!-- end -->\nafter\n")
+    command = [sys.executable, str(BENCHMARKS / "families.py"), "--table", str(page)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert " types, 0 faults" in done.stdout
+    written = page.read_text()
+    assert written.startswith("before\n")
+    assert written.endswith("<!-- end -->\nafter\n")
+    assert "| `llama` | packed | cache | yes | yes | yes |  |" in written
+
+
+@pytest.mark.slow
+def test_a_family_that_takes_too_long_is_a_fault(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "families.py"), "--types", "llama", "--seconds", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "llama: scores raises: no result in 0.01 s" in done.stdout
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing(tmp_path):
+    found = run(tmp_path, "kills.py", "--kills", "3", "--terms", "2")
+    assert {row["verb"] for row in found["rows"]} == {"fit", "curate", "evaluate", "merge", "export"}
+    assert all(row["kills"] > 0 and not row["faults"] for row in found["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs Linux and a C compiler")
+def test_on_a_full_disk_a_command_ends_with_one_line_and_goes_on(tmp_path):
+    found = run(tmp_path, "full_disk.py")
+    assert len(found["rows"]) > 40
+    assert not [fault for row in found["rows"] for fault in row["faults"]]
+
+
+@pytest.mark.slow
+def test_flipped_bits_are_noticed(tmp_path):
+    found = run(tmp_path, "bit_flips.py", "--flips", "100")
+    assert len(found["rows"]) == 8
+    assert all(row["noticed"] >= 90 and not row["silent"] for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_the_reports_of_a_comparison_grow_with_its_runs(tmp_path):
+    found = run(tmp_path, "compare_report.py", "--methods", "2", "4", "--seeds", "1", "--prompts", "4", "--steps", "5")
+    assert [row["runs"] for row in found["rows"]] == [2, 4]
 
 
 @pytest.mark.slow

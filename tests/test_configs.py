@@ -3,19 +3,16 @@
 import csv
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from distillkit.cli import configs
 from distillkit.cli.main import main
-from distillkit.generators.in_process import TransformersGenerator
-from distillkit.generators.speculative import SpeculativeGenerator
-from distillkit.types import Prompts, Response, Sampling
-from tiny_runs import save_models, write_prompts
+from distillkit.config import files as configs
+from helpers.answers import shorten
+from helpers.public import private_paths
+from helpers.runs import save_models, write_prompts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(path.name for path in (CONFIGS / "methods").glob("*.yaml"))
@@ -39,14 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shortened(generate: Any) -> Any:
-        def short(self: Any, prompts: Prompts, sampling: Sampling) -> list[Response]:
-            return generate(self, prompts, replace(sampling, max_new_tokens=4))
-
-        return short
-
-    for kind in (TransformersGenerator, SpeculativeGenerator):
-        monkeypatch.setattr(kind, "generate", shortened(kind.generate))
+    shorten(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +85,10 @@ def test_a_method_takes_a_step(name: str, folder: Path, tmp_path: Path) -> None:
     rows = step(folder, tmp_path, CONFIGS / "base.yaml", path, teacher=name != "sft.yaml")
     assert [float(row["train/loss"]) > 0 for row in rows if row.get("train/loss")] == [True]
     assert (tmp_path / "export" / "model.safetensors").exists()
-    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]
+    text = (tmp_path / "config.yaml").read_text()
+    assert "class_path: distillkit." in text
+    assert private_paths(text) == [], "what a run leaves behind names public paths alone"
+    saved = yaml.safe_load(text)["model"]
     assert saved["loss"]["class_path"].rpartition(".")[2] == configs.load(path)["model"]["loss"]["class_path"]
 
 

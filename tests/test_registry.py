@@ -17,7 +17,7 @@ import pytest
 from distillkit import registry
 from distillkit.errors import PluginError
 from distillkit.interfaces import Loss
-from packages import install, write_package
+from helpers.packages import install, write_package
 
 A_LOSS = '''
     """A module."""
@@ -107,7 +107,8 @@ def test_the_fixed_names_are_available():
     names = "ForwardKL ReverseKL SkewKL SkewReverseKL DPKD DistiLLM2 CrossEntropy WeightedSum"
     assert set(registry.available("loss")) >= set(names.split())
     assert set(registry.available("schedule")) >= {"Constant", "Linear", "Cosine", "Piecewise", "AdaptiveAlpha"}
-    assert list(registry.KINDS) == ["loss", "curator", "schedule", "generator", "teacher", "verifier"]
+    kinds = ["loss", "curator", "schedule", "generator", "teacher", "verifier", "source", "filter"]
+    assert list(registry.KINDS) == kinds
     assert (registry.find("SkewKL"), registry.find("NoSuchPart")) == (["loss"], [])
 
 
@@ -138,18 +139,20 @@ def test_entries_name_distribution_and_version_of_every_part(installed):
 )
 def test_an_unknown_name_says_what_is_near_and_how_to_list(word, near):
     with pytest.raises(
-        PluginError, match=rf"loss is named '{word}' \(near it: .*{near}.*distillkit plugins loss` lists"
+        PluginError, match=rf"loss is named '{word}'\. Similar names: .*{near}.*distillkit plugins loss` to list"
     ):
         registry.get("loss", word)
 
 
 def test_an_unknown_name_with_nothing_near_says_how_to_list():
-    with pytest.raises(PluginError, match=r"is named 'Zzzz': `distillkit plugins loss` lists them all\."):
+    with pytest.raises(PluginError, match=r"is named 'Zzzz'\. Run `distillkit plugins loss` to list them all\."):
         registry.get("loss", "Zzzz")
 
 
 def test_a_name_of_another_kind_says_which():
-    with pytest.raises(PluginError, match=r"No installed loss is named 'Cosine' \(there is a schedule of that name\)"):
+    with pytest.raises(
+        PluginError, match=r"No installed loss is named 'Cosine'\. There is a schedule with that name\."
+    ):
         registry.get("loss", "Cosine")
 
 
@@ -157,9 +160,11 @@ def test_a_name_of_another_kind_says_which():
     "call", [registry.available, registry.entries, registry.load_all, lambda kind: registry.get(kind, "X")]
 )
 def test_an_unknown_kind_says_which_is_near(call):
-    with pytest.raises(PluginError, match=r"no kind of part named 'losses'; did you mean loss\?"):
+    with pytest.raises(PluginError, match=r"no kind of part named 'losses'\. Did you mean loss\?"):
         call("losses")
-    with pytest.raises(PluginError, match=r"'zzz'; the kinds are loss, curator, schedule, generator, .* verifier\."):
+    with pytest.raises(
+        PluginError, match=r"'zzz'\. The kinds are loss, curator, schedule, generator, .* verifier, source, filter\."
+    ):
         call("zzz")
 
 
@@ -185,7 +190,7 @@ def test_a_full_path_that_leads_nowhere_is_an_error():
 
 
 def test_a_class_without_the_interface_is_an_error_that_quotes_the_contract(installed):
-    contract = r"distillkit\.interfaces\.Loss \(\"Compares .*which asks for forward\(student, teacher, batch\), units\("
+    contract = r"distillkit\.interfaces\.Loss \(\"Compares .*which requires forward\(student, teacher, batch\), units\("
     with pytest.raises(PluginError, match=rf"'Plain' of acme-loss 1\.2 .* is not a subclass of {contract}"):
         registry.get("loss", "Plain")
 

@@ -1,7 +1,7 @@
-"""Entry points to classes: what is installed, what it says of itself, and the class behind a name.
+"""Registry of installed parts: lists entry points, and resolves names to classes.
 
-Nothing else knows of entry points, and nothing here knows of any part. Listing reads metadata and source: it imports
-no part.
+This is the only module that reads entry points, and it refers to no specific part. Listing reads metadata and source
+code; it imports no part.
 """
 
 import ast
@@ -18,6 +18,15 @@ from pathlib import Path
 
 from distillkit.errors import PluginError
 
+__all__ = [
+    "KINDS",
+    "Entry",
+    "PluginWarning",
+    "available",
+    "entries",
+    "get",
+    "load_all",
+]
 KINDS: dict[str, str] = {
     "loss": "distillkit.losses",
     "curator": "distillkit.curators",
@@ -25,8 +34,12 @@ KINDS: dict[str, str] = {
     "generator": "distillkit.generators",
     "teacher": "distillkit.teachers",
     "verifier": "distillkit.verifiers",
+    "source": "distillkit.sources",
+    "filter": "distillkit.filters",
 }
-"""Each kind of part and the entry-point group that brings its parts."""
+"""Each kind of part and its entry-point group."""
+
+_INTERFACES = {"source": "PromptSource", "filter": "ResponseFilter"}  # otherwise the kind, capitalised
 
 NO_SOURCE = "(source not found)"
 MAX_REEXPORTS = 3
@@ -34,19 +47,19 @@ _warned: set["Entry"] = set()
 
 
 class PluginWarning(UserWarning):
-    """An installed part is skipped because it can't be used."""
+    """An installed part was skipped because it can't be used."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One installed part, as its distribution's metadata gives it.
+    """One installed part, as described by the metadata of its distribution.
 
     Args:
-        name: The class name that users write.
+        name: Class name that users write in configurations.
         kind: A key of `KINDS`.
-        target: Where the class is, as `module:Class`.
-        distribution: Name of the distribution that brings it; empty for a part that was asked for by its full path.
-        version: That distribution's version.
+        target: Import path of the class, as `module:Class`.
+        distribution: Name of the distribution that contains the class; empty for a class named by its full path.
+        version: Version of that distribution.
     """
 
     name: str
@@ -57,65 +70,79 @@ class Entry:
 
     @property
     def origin(self) -> str:
-        """Distribution and version with the target, for messages."""
+        """Distribution, version and target, for messages."""
         return f"{self.distribution} {self.version} ({self.target})" if self.distribution else self.target
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """Every installed part of `kind`, or of all kinds; one of two parts that share a name does not hide the other.
+    """Lists every installed part of `kind`, or of all kinds. Parts that share a name are all listed.
 
     Args:
-        kind: A key of `KINDS`; None for all of them.
+        kind: A key of `KINDS`; None for all kinds.
 
     Raises:
-        PluginError: If there is no such kind.
+        PluginError: If the kind does not exist.
     """
     if kind is not None and kind not in KINDS:
         near = _near(kind, KINDS)
-        meant = f"did you mean {' or '.join(near)}?" if near else f"the kinds are {', '.join(KINDS)}."
-        raise PluginError(f"There is no kind of part named {kind!r}; {meant}")
-    # entry_points() takes each distribution once, by its normalised name, however often it is on sys.path.
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"The kinds are {', '.join(KINDS)}."
+        raise PluginError(f"There is no kind of part named {kind!r}. {hint}")
+    # entry_points() lists each distribution once, by its normalised name, even if sys.path contains it several times.
     points = metadata.entry_points()
-    found = {_entry(point, each) for each in ([kind] if kind else KINDS) for point in points.select(group=KINDS[each])}
+    groups = {name: KINDS[name] for name in ([kind] if kind else KINDS)}
+    installed = {_entry(point, name) for name, group in groups.items() for point in points.select(group=group)}
     order = list(KINDS)
-    return sorted(found, key=lambda entry: (order.index(entry.kind), entry.name, entry.distribution, entry.target))
+    return sorted(installed, key=lambda entry: (order.index(entry.kind), entry.name, entry.distribution, entry.target))
 
 
 def available(kind: str) -> tuple[str, ...]:
-    """Names of the installed parts of `kind`, sorted.
+    """Lists the names of the installed parts of `kind`, sorted.
 
     Raises:
-        PluginError: If there is no such kind.
+        PluginError: If the kind does not exist.
     """
     return tuple(sorted({entry.name for entry in entries(kind)}))
 
 
 def find(name: str) -> list[str]:
-    """The kinds that have a part of this name."""
-    found = {entry.kind for entry in entries() if entry.name == name}
-    return [kind for kind in KINDS if kind in found]
+    """Returns the kinds that have a part with this name."""
+    kinds = {entry.kind for entry in entries() if entry.name == name}
+    return [kind for kind in KINDS if kind in kinds]
+
+
+def kind_of(part: type) -> str | None:
+    """The kind whose interface a class implements, or is; None if it is no part."""
+    return next((kind for kind in KINDS if issubclass(part, interface_of(kind))), None)
+
+
+def interface_of(kind: str) -> type:
+    """The class in `distillkit.interfaces` that every part of a kind subclasses."""
+    from distillkit import interfaces  # imported late: it imports torch, which listing must not do
+
+    interface: type = vars(interfaces)[_INTERFACES.get(kind, kind.capitalize())]
+    return interface
 
 
 def get(kind: str, name: str) -> type:
-    """The class of the part `name`; no other part is imported.
+    """Imports and returns the class of one part; no other part is imported.
 
     Args:
         kind: A key of `KINDS`.
-        name: Name of an installed part, or the full path of a class, `package.module.Class`.
+        name: Class name of an installed part, or the full path `package.module.Class`.
 
     Raises:
-        PluginError: If the kind or the name is unknown, if two parts have the name, if the part can't be imported, or
-            if it is not a subclass of the kind's interface.
+        PluginError: If the kind or name is unknown, if several parts have the name, if the import fails, or if the
+            class is not a subclass of the kind's interface.
     """
-    found = [entry for entry in entries(kind) if entry.name == name]
-    if len(found) > 1:
-        origins = " and ".join(entry.origin for entry in found)
+    matches = [entry for entry in entries(kind) if entry.name == name]
+    if len(matches) > 1:
+        origins = " and ".join(entry.origin for entry in matches)
         raise PluginError(
-            f"{len(found)} parts of kind {kind} are named {name!r}, from {origins}: "
-            "uninstall all but one, or write the full path of the one that is meant."
+            f"{len(matches)} parts of kind {kind} are named {name!r}, from {origins}. "
+            "Uninstall all but one, or write the full path of the class."
         )
-    if found:
-        return _load(found[0])
+    if matches:
+        return _load(matches[0])
     module, _, attribute = name.rpartition(".")
     if module:
         return _load(Entry(name, kind, f"{module}:{attribute}"))
@@ -123,10 +150,10 @@ def get(kind: str, name: str) -> type:
 
 
 def load_all(kind: str) -> dict[str, type]:
-    """Every usable part of `kind` by name. One that can't be used is skipped with one warning in this process.
+    """Imports every usable part of `kind`, by name. An unusable part is skipped, with one warning per process.
 
     Raises:
-        PluginError: If there is no such kind.
+        PluginError: If the kind does not exist.
     """
     parts = {}
     for entry in entries(kind):
@@ -134,16 +161,16 @@ def load_all(kind: str) -> dict[str, type]:
             parts[entry.name] = get(kind, entry.name)
         except PluginError as error:
             if entry not in _warned:
-                _warned.update(other for other in entries(kind) if other.name == entry.name)
+                _warned.update(namesake for namesake in entries(kind) if namesake.name == entry.name)
                 warnings.warn(f"Skipped: {error}", PluginWarning, stacklevel=2)
     return parts
 
 
 def summary(entry: Entry) -> str:
-    """First line of the class's docstring, read from its source: nothing is imported, no parent package either.
+    """Reads the first line of the class's docstring from source code; imports nothing, not even parent packages.
 
     Returns:
-        The line; empty if the class has no docstring, `NO_SOURCE` if there is no source to read it from.
+        The line; empty if the class has no docstring, `NO_SOURCE` if its source is not available.
     """
     module, _, name = entry.target.partition(":")
     for _ in range(1 + MAX_REEXPORTS):
@@ -158,12 +185,12 @@ def summary(entry: Entry) -> str:
 
 
 def _entry(point: metadata.EntryPoint, kind: str) -> Entry:
-    assert point.dist is not None  # entry_points() makes each of them from a distribution
+    assert point.dist is not None  # entry_points() sets it
     return Entry(point.name, kind, point.value, point.dist.name, point.dist.version)
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:
-    """Up to three of `names` that `word` may have meant, whatever their case."""
+    """Up to three of `names` that resemble `word`, ignoring case."""
     folded = {name.casefold(): name for name in names}
     word = word.casefold()
     near = difflib.get_close_matches(word, folded, n=3)
@@ -173,25 +200,23 @@ def _near(word: str, names: Iterable[str]) -> list[str]:
 
 def _unknown(kind: str, name: str) -> str:
     near = _near(name, available(kind))
-    elsewhere = find(name)
-    if elsewhere:
-        hint = f" (there is a {' and a '.join(elsewhere)} of that name)"
+    other_kinds = find(name)
+    if other_kinds:
+        hint = f" There is a {' and a '.join(other_kinds)} with that name."
     else:
-        hint = f" (near it: {', '.join(near)})" if near else ""
-    return f"No installed {kind} is named {name!r}{hint}: `distillkit plugins {kind}` lists them all."
+        hint = f" Similar names: {', '.join(near)}." if near else ""
+    return f"No installed {kind} is named {name!r}.{hint} Run `distillkit plugins {kind}` to list them all."
 
 
 def _load(entry: Entry) -> type:
     try:
         part = metadata.EntryPoint(entry.name, entry.target, KINDS[entry.kind]).load()
-    except (Exception, SystemExit) as error:  # a stranger's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # third-party code may raise anything at import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(
-            f"The {entry.kind} {entry.name!r} of {entry.origin} can't be imported: {reason}{_place(error)}."
+            f"The {entry.kind} {entry.name!r} of {entry.origin} can't be imported: {reason}{_location(error)}."
         ) from error
-    from distillkit import interfaces  # here, because it imports torch and listing must not
-
-    interface: type = getattr(interfaces, entry.kind.capitalize())
+    interface = interface_of(entry.kind)
     if not (isinstance(part, type) and issubclass(part, interface)):
         raise PluginError(
             f"The {entry.kind} {entry.name!r} of {entry.origin} is not a subclass of {_contract(interface)}."
@@ -199,18 +224,21 @@ def _load(entry: Entry) -> type:
     return part
 
 
-def _place(error: BaseException) -> str:
-    """Where a part's import failed: the innermost line that is not the import system's own."""
+def _location(error: BaseException) -> str:
+    """File and line at which a part's import failed: the innermost frame outside the import system."""
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
         return f" at {error.filename}:{error.lineno}"
-    own = (__file__, importlib.__file__, metadata.__file__)
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame for frame in frames if frame.filename not in own and not frame.filename.startswith("<frozen ")]
-    return f" at {lines[-1].filename}:{lines[-1].lineno}" if lines else ""
+    import_files = (__file__, importlib.__file__, metadata.__file__)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in import_files and not frame.filename.startswith("<frozen ")
+    ]
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _contract(interface: type) -> str:
-    """What a part must be, in the interface's own words: its first line and the methods to write."""
+    """The requirements of an interface: the first line of its docstring and its abstract methods."""
     methods = []
     for name in sorted(getattr(interface, "__abstractmethods__", ())):
         method = getattr(interface, name)
@@ -218,12 +246,12 @@ def _contract(interface: type) -> str:
             methods.append(f"{name}({', '.join(list(inspect.signature(method).parameters)[1:])})")
         else:
             methods.append(name)
-    said = (inspect.getdoc(interface) or "").splitlines()[0]
-    return f'{interface.__module__}.{interface.__name__} ("{said}"), which asks for {", ".join(methods)}'
+    purpose = (inspect.getdoc(interface) or "").splitlines()[0]
+    return f'{interface.__module__}.{interface.__name__} ("{purpose}"), which requires {", ".join(methods)}'
 
 
 def _statements(module: str) -> tuple[list[ast.stmt], str]:
-    """The top-level statements of a module's source, none if it is not found, and the package it is in."""
+    """The top-level statements of a module's source, empty if it is not available, and the module's package."""
     path: Sequence[str] | None = None
     loader: object = None
     parts = module.split(".")
@@ -235,27 +263,27 @@ def _statements(module: str) -> tuple[list[ast.stmt], str]:
     package = module if path is not None else ".".join(parts[:-1])
     try:
         source = get_source(module) if get_source else None
-        with warnings.catch_warnings(action="ignore"):  # the source's own, about its syntax
+        with warnings.catch_warnings(action="ignore"):  # SyntaxWarnings about the part's source
             return list(_top_level(ast.parse(source or "").body)), package
     except (ImportError, SyntaxError, ValueError):  # unreadable, not Python, not text
         return [], package
 
 
 def _locate(name: str, path: Sequence[str] | None) -> tuple[Sequence[str] | None, object]:
-    """Where a package's submodules are, and the loader of a module. Executes nothing.
+    """Finds a module without executing anything: its submodule search path, if it is a package, and its loader.
 
-    importlib.util.find_spec would import the parents, so the finders are asked one by one.
+    importlib.util.find_spec would import the parents, so this calls the finders directly.
 
     Args:
         name: Full name of the module.
-        path: Where its parent's submodules are; None at the top level.
+        path: Submodule search path of its parent package; None for a top-level module.
     """
     for finder in sys.meta_path:
         find_spec = getattr(finder, "find_spec", None)
         try:
             spec = find_spec(name, path) if find_spec else None
         except KeyError:
-            # A package without __init__ inside another: its finder looks for the parent in sys.modules, where it isn't.
+            # A namespace package inside a package: its finder looks up the parent in sys.modules, where it is missing.
             folders = [Path(parent, name.rpartition(".")[2]) for parent in path or ()]
             return [str(folder) for folder in folders if folder.is_dir()], None
         if spec is not None:
@@ -264,7 +292,7 @@ def _locate(name: str, path: Sequence[str] | None) -> tuple[Sequence[str] | None
 
 
 def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module, with those inside of its `if` and `try` blocks."""
+    """The statements of a module, including those inside `if` and `try` blocks."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try):
@@ -275,11 +303,11 @@ def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _imported_from(statements: Iterable[ast.stmt], package: str, name: str) -> tuple[str, str]:
-    """Module and name that a `from … import` takes `name` from; both empty if there is none."""
+    """The module and original name that a `from … import` binds `name` to; both empty if there is none."""
     for statement in statements:
         if isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
                 if (alias.asname or alias.name) == name:
-                    above = package.rsplit(".", statement.level - 1)[0] if statement.level else ""
-                    return ".".join(filter(None, (above, statement.module))), alias.name
+                    parent = package.rsplit(".", statement.level - 1)[0] if statement.level else ""
+                    return ".".join(filter(None, (parent, statement.module))), alias.name
     return "", ""

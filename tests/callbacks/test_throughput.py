@@ -10,14 +10,14 @@ import pytest
 
 from distillkit import DistillData, DistillModule, Student
 from distillkit.callbacks import Throughput, throughput
-from distillkit.evaluation.flops import ModelFlops, model_flops
+from distillkit.callbacks.flops import ModelFlops, model_flops
 from distillkit.interfaces import Loss, Teacher
 from distillkit.losses import CrossEntropy, SkewKL
-from distillkit.models.scoring import logits_width
+from distillkit.models.heads import logits_width
 from distillkit.teachers.cached import CachedTeacher
-from distillkit.teachers.in_process import TransformersTeacher
+from distillkit.teachers.transformers import TransformersTeacher
 from distillkit.types import Batch
-from tiny_runs import QUIET, MemoryLogger, save_models, write_prompts
+from helpers.runs import QUIET, MemoryLogger, save_models, write_prompts
 
 SECONDS = 0.5
 RATE = 1e9

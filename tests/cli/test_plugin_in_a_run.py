@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from packages import install, write_package
-from tiny import save_tiny
+from helpers.models import save_tiny
+from helpers.packages import install, python_path, write_package
 
 LOSS = '''
     """A loss of a stranger."""
@@ -65,7 +65,7 @@ def fit(folder: Path, loss: str, name: str) -> subprocess.CompletedProcess[str]:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "distillkit.cli.main", "fit", "--config", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    environment = {**os.environ, "PYTHONPATH": python_path(folder / "site")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from distillkit.cli import plugins
 from distillkit.errors import PluginError
-from packages import install, write_package
+from helpers.packages import install, write_package
 
 SUMMARY = "One line that is long enough to be wider than a narrow terminal by far, " + "and then some more of it. " * 3
 CLASS = f'class {{name}}:\n    """{SUMMARY.strip()}\n\n    Second.\n    """\n'
@@ -102,7 +102,7 @@ def test_json_holds_every_field(printed):
 
 
 def test_an_unknown_kind_is_an_error_with_the_nearest():
-    with pytest.raises(PluginError, match=r"^There is no kind of part named 'curators'; did you mean curator\?$"):
+    with pytest.raises(PluginError, match=r"^There is no kind of part named 'curators'\. Did you mean curator\?$"):
         plugins.run(["curators"])
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from distillkit.cli import store_merge
 from distillkit.cli.main import main
 from distillkit.data.records import Source
-from distillkit.store import Provenance, ResponseStore
+from distillkit.storage.responses import Provenance, ResponseStore
 from distillkit.types import Prompt, Response, Sampling
-from tiny_store import TEACHER, stored
+from helpers.stores import TEACHER, stored
 
 STUDENT = Provenance("student", "0123456789abcdef", Sampling(temperature=0.0, max_new_tokens=4), 2)
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -70,8 +70,10 @@ def test_info_as_json_has_the_whole_provenance(folder: Path, capsys: pytest.Capt
     files = list((folder / "shards").glob("student-*.arrow"))
     assert student["bytes"] == sum(path.stat().st_size for path in files)
     assert (student["model"], student["key"], student["generators"]) == (
-        "0123456789abcdef", STUDENT.key, ["ServerGenerator"]
-    )  # fmt: skip
+        "0123456789abcdef",
+        STUDENT.key,
+        ["ServerGenerator"],
+    )
     assert teacher["sampling"]["seed"] == 7
     assert found["prompts"] == 3
 
@@ -88,6 +90,14 @@ def test_show_prints_prompts_with_their_responses(folder: Path, capsys: pytest.C
         "[teacher] It is «p2»",
         "and long",
     ]
+
+
+def test_text_is_shown_where_the_terminal_is_not_utf_8(folder: Path) -> None:
+    command = [sys.executable, "-P", "-m", "distillkit", "store", "show", str(folder), "--limit", "10"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"It is \xabp2\xbb" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_show_chooses(
 ) -> None:
     lines = said(capsys, "show", folder, *options)
     assert [",".join(line[3:].split(",")[:3]) for line in lines if line.startswith("── ")] == heads
-    assert heads or lines == ["no such response"]
+    assert heads or lines == ["no matching response"]
 
 
 def test_the_verb_imports_neither_torch_nor_lightning(folder: Path) -> None:
@@ -128,7 +138,7 @@ def test_what_is_no_store_is_refused(verb: str, tmp_path: Path, capsys: pytest.C
     places = {"export": (tmp_path / "empty", tmp_path / "out.jsonl"), "merge": (tmp_path / "new", tmp_path / "empty")}
     (line,) = said(capsys, verb, *places.get(verb, (tmp_path / "empty",)), status=1)
     assert line == (
-        f"distillkit store: error: {tmp_path / 'empty'} is no response store: it has no manifest that names a shard. "
+        f"distillkit store: error: {tmp_path / 'empty'} is no response store: it has no manifest that lists a shard. "
         "Correct the path."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
@@ -158,7 +168,7 @@ def test_merge_makes_one_store_of_several(folder: Path, tmp_path: Path, capsys: 
 def test_merged_shards_have_a_bounded_size(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store_merge, "MERGED_BYTES", 1)
+    monkeypatch.setattr(sys.modules["distillkit.storage.merge"], "MERGED_BYTES", 1)
     said(capsys, "merge", tmp_path / "target", folder)
     assert len(ResponseStore(tmp_path / "target").shards()) == 3
     assert stored(tmp_path / "target") == stored(folder)
@@ -173,7 +183,7 @@ def test_different_responses_of_one_provenance_are_refused_and_nothing_of_that_s
     (line,) = said(capsys, "merge", folder, tmp_path / "other", status=1)
     assert line == (
         f"distillkit store: error: {tmp_path / 'other'} and {folder} hold different responses of teacher in round 0 to "
-        f"prompt p1: they can't be one store, and nothing of {tmp_path / 'other'} was added."
+        f"prompt p1, so they can't be merged. Nothing of {tmp_path / 'other'} was added."
     )
     assert stored(folder) == before
 
@@ -191,7 +201,7 @@ def test_exported_lines_are_data_to_train_on(
     name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / name
-    assert said(capsys, "export", folder, out) == [f"{out}: 3 responses", "1 left out: they have no text"]
+    assert said(capsys, "export", folder, out) == [f"{out}: 3 responses", "1 skipped: the response has no text"]
     records = Source(str(out)).records()  # what `data.train` reads
     assert [record.messages for record in records] == [
         (*asked.messages, {"role": "assistant", "content": text})
@@ -200,8 +210,10 @@ def test_exported_lines_are_data_to_train_on(
     with gzip.open(out) if name.endswith(".gz") else out.open("rb") as file:
         rows = [json.loads(line) for line in file]
     assert [(row["writer"], row["model"], row["round"], row["finish"]) for row in rows] == [
-        ("student", "0123456789abcdef", 2, "stop"), ("teacher", "abc", 0, "stop"), ("teacher", "abc", 0, "length")
-    ]  # fmt: skip
+        ("student", "0123456789abcdef", 2, "stop"),
+        ("teacher", "abc", 0, "stop"),
+        ("teacher", "abc", 0, "length"),
+    ]
     assert rows[1]["sampling"]["seed"] == 7
     assert "token_ids" not in rows[0]
 
@@ -209,7 +221,7 @@ def test_exported_lines_are_data_to_train_on(
 def test_export_chooses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     lines = said(capsys, "export", folder, out, "--writer", "teacher", "--round", 0, "--ended", "--tokens")
-    assert lines == [f"{out}: 1 responses", "1 left out: they were cut"]
+    assert lines == [f"{out}: 1 responses", "1 skipped: the response was cut off"]
     (row,) = map(json.loads, out.read_text().splitlines())
     assert (row["token_ids"], row["log_probs"]) == ([5, 6], [-0.5, -1.5])
 
@@ -227,7 +239,7 @@ def test_an_exported_folder_is_loaded_by_datasets_and_by_data_train(
     assert rows[2]["log_probs"] == [-0.25, -0.5, -1.0]
     assert rows[0]["sampling"]["max_new_tokens"] == 4
     assert len(Source(str(out / "data" / "train.parquet")).records()) == 3
-    assert "written by student, teacher" in (out / "README.md").read_text().replace("\n", " ")
+    assert "generated by student, teacher" in (out / "README.md").read_text().replace("\n", " ")
 
 
 def test_a_response_whose_prompt_is_not_in_the_store_is_left_out_and_counted(
@@ -235,7 +247,7 @@ def test_a_response_whose_prompt_is_not_in_the_store_is_left_out_and_counted(
 ) -> None:
     ResponseStore(tmp_path / "store").write(TEACHER, BY_TEACHER, PROMPTS[:1])
     lines = said(capsys, "export", tmp_path / "store", tmp_path / "out.jsonl")
-    assert lines[1] == "1 left out: their prompts are not in the store"
+    assert lines[1] == "1 skipped: the prompt is not in the store"
 
 
 @pytest.mark.parametrize("form", ["jsonl", "datasets"])
@@ -244,7 +256,7 @@ def test_nothing_to_export_is_an_error_and_leaves_no_file(
 ) -> None:
     ResponseStore(tmp_path / "store").write(STUDENT, BY_STUDENT[1:], PROMPTS)
     lines = said(capsys, "export", tmp_path / "store", tmp_path / "out.jsonl", "--format", form, status=1)
-    assert lines[0].endswith("store has no response to export; 1 left out: they have no text.")
+    assert lines[0].endswith("store has no response to export; 1 skipped: the response has no text.")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
@@ -260,6 +272,6 @@ def test_an_export_overwrites_nothing(folder: Path, tmp_path: Path, capsys: pyte
 def test_the_parquet_file_has_groups_of_bounded_size(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distillkit.cli.store_export.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("distillkit.storage.export.ROWS_AT_ONCE", 2)
     said(capsys, "export", folder, tmp_path / "out", "--format", "datasets")
     assert pq.ParquetFile(tmp_path / "out" / "data" / "train.parquet").num_row_groups == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillkit.heads import OutputHead
+from distillkit.chunked.output_head import OutputHead
 from distillkit.losses import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL, WeightedSum
 from distillkit.testing import make_batch
 from distillkit.types import Scores

@@ -15,14 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distillkit import DistillData, DistillModule, Student
 from distillkit.data.chat import encode
 from distillkit.data.collate import collate
-from distillkit.data.records import Record
 from distillkit.losses import ForwardKL, GeneralizedJSD, ReverseKL
 from distillkit.models.scoring import score
 from distillkit.models.tokenizers import eos_ids
-from distillkit.teachers.in_process import TransformersTeacher
-from distillkit.types import Batch, Row
-from tiny import tiny_model
-from tiny_runs import QUIET, MemoryLogger, UnequalPairs, save_models, write_prompts
+from distillkit.teachers.transformers import TransformersTeacher
+from distillkit.types import Batch, Record, Row
+from helpers.models import tiny_model
+from helpers.runs import QUIET, MemoryLogger, UnequalPairs, save_models, write_prompts
 
 pytestmark = [
     pytest.mark.conformance,
@@ -75,14 +74,24 @@ def train_here(folder, models, loss, optimizer="sgd", accumulate=1, clip=None, d
     make, settings = OPTIMIZERS[optimizer]
     logger = MemoryLogger()
     module = DistillModule(
-        Student(student), loss, TransformersTeacher(teacher, "float32"), UnequalPairs(), lr_schedule="constant",
-        optimizer=lambda parameters: make(parameters, **(settings | {"weight_decay": decay})), warmup=0.0,
-    )  # fmt: skip
+        Student(student),
+        loss,
+        TransformersTeacher(teacher, "float32"),
+        UnequalPairs(),
+        lr_schedule="constant",
+        optimizer=lambda parameters: make(parameters, **(settings | {"weight_decay": decay})),
+        warmup=0.0,
+    )
     data = DistillData(write_prompts(folder / "prompts.jsonl", 4), batch_size=2 // accumulate, shuffle=False)
     trainer = lightning.Trainer(
-        max_epochs=1, default_root_dir=folder, accumulate_grad_batches=accumulate, gradient_clip_val=clip,
-        logger=logger, enable_checkpointing=False, **QUIET,
-    )  # fmt: skip
+        max_epochs=1,
+        default_root_dir=folder,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        logger=logger,
+        enable_checkpointing=False,
+        **QUIET,
+    )
     trainer.fit(module, data)
     return Run(logger.column("train/loss"), module.student.state_dict(), list(data.train_dataloader()))
 
@@ -103,7 +112,7 @@ def train_there(gkd, folder, models, rows, optimizer="sgd", accumulate=1, clip=0
     teacher, student = map(loaded, models)
     losses, written = [], []
 
-    class Kept(gkd.GKDTrainer):
+    class RecordingTrainer(gkd.GKDTrainer):
         def training_step(self, *args, **kwargs):
             losses.append(float(super().training_step(*args, **kwargs)))
             return torch.tensor(losses[-1])
@@ -113,18 +122,37 @@ def train_there(gkd, folder, models, rows, optimizer="sgd", accumulate=1, clip=0
             return written[-1]
 
     arguments = {
-        "output_dir": str(folder / "trl"), "num_train_epochs": 1, "per_device_train_batch_size": 4 // accumulate,
-        "gradient_accumulation_steps": accumulate, "max_length": None, "train_sampling_strategy": "sequential",
-        "optim": {"sgd": "sgd", "adamw": "adamw_torch"}[optimizer], "learning_rate": OPTIMIZERS[optimizer][1]["lr"],
-        "adam_beta1": ADAMW["betas"][0], "adam_beta2": ADAMW["betas"][1], "adam_epsilon": ADAMW["eps"],
-        "weight_decay": decay, "lr_scheduler_type": "constant", "max_grad_norm": clip, "bf16": False, "use_cpu": True,
-        "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none", "logging_strategy": "no",
-        "disable_tqdm": True, "dataloader_pin_memory": False, "lmbda": 0.0,
-    }  # fmt: skip
-    trainer = Kept(
-        model=student, teacher_model=teacher, train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(models[1]), args=gkd.GKDConfig(**(arguments | settings)),
-    )  # fmt: skip
+        "output_dir": str(folder / "trl"),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4 // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "max_length": None,
+        "train_sampling_strategy": "sequential",
+        "optim": {"sgd": "sgd", "adamw": "adamw_torch"}[optimizer],
+        "learning_rate": OPTIMIZERS[optimizer][1]["lr"],
+        "adam_beta1": ADAMW["betas"][0],
+        "adam_beta2": ADAMW["betas"][1],
+        "adam_epsilon": ADAMW["eps"],
+        "weight_decay": decay,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": clip,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "lmbda": 0.0,
+    }
+    trainer = RecordingTrainer(
+        model=student,
+        teacher_model=teacher,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(models[1]),
+        args=gkd.GKDConfig(**(arguments | settings)),
+    )
     trainer.train()
     steps = [sum(losses[start : start + accumulate]) for start in range(0, len(losses), accumulate)]
     return Run(steps, student.state_dict(), written=written)
@@ -216,10 +244,12 @@ def test_they_refuse_a_wider_teacher(gkd, models, tmp_path):
     teacher, student = tiny_model(vocab=330), loaded(models[1])
     with pytest.raises(ValueError, match="which requires a shared vocabulary"):
         gkd.GKDTrainer(
-            model=student, teacher_model=teacher, processing_class=AutoTokenizer.from_pretrained(models[1]),
+            model=student,
+            teacher_model=teacher,
+            processing_class=AutoTokenizer.from_pretrained(models[1]),
             args=gkd.GKDConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none"),
             train_dataset=Dataset.from_list([{"prompt": "", "input_ids": [1, 2], "completion_mask": [0, 1]}]),
-        )  # fmt: skip
+        )
 
 
 def test_their_collator_trains_on_what_the_template_puts_behind_a_response(gkd, models):

@@ -2,12 +2,12 @@ import logging
 
 import pytest
 
-from distillkit.curators.best_of_n import BestOfN
+from distillkit.curators.best_of_n import SEED_STRIDE, BestOfN
 from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError, DataError
-from distillkit.generators.stored import Ranks, StoredGenerator
 from distillkit.interfaces import Verifier
-from distillkit.store import ResponseStore
+from distillkit.rollouts.stored import Ranks, StoredGenerator
+from distillkit.storage.responses import ResponseStore
 from distillkit.testing import SeededGenerator, make_prompts
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling
 from distillkit.verifiers.length import TargetLength
@@ -38,7 +38,8 @@ class Token(Verifier):
 
 
 TWO = Prompts((Prompt("a", (), (5,)), Prompt("b", (), (6, 6))), round=2)
-TOKENS = {10: {"a": 20, "b": 40}, 11: {"a": 30, "b": 40}, 12: {"a": 25, "b": 40}}
+SEEDS = [10, 10 + SEED_STRIDE, 10 + 2 * SEED_STRIDE]
+TOKENS = dict(zip(SEEDS, ({"a": 20, "b": 40}, {"a": 30, "b": 40}, {"a": 25, "b": 40}), strict=True))
 
 
 def best(tokens=TOKENS, rounds="epoch", n=3):
@@ -52,7 +53,7 @@ def test_the_highest_score_is_kept_and_only_it_is_trained_on():
         Row((5, 30), (F, T), "teacher", "a"),
         Row((6, 6, 40), (F, F, T), "teacher", "b"),
     ]
-    assert generators["teacher"].asked == [(2, 10), (2, 11), (2, 12)]
+    assert generators["teacher"].asked == [(2, seed) for seed in SEEDS]
 
 
 def test_of_equal_scores_the_first_sample_is_kept():
@@ -78,7 +79,7 @@ def test_the_first_sample_is_what_the_curator_writes_alone_and_is_found_in_the_s
     rows = alone.curate(PROMPTS, stored())
     assert [shard["responses"] for shard in ResponseStore(tmp_path).shards()] == [5]
     chosen = BestOfN(TeacherCurator(), TargetLength(3), n=2).curate(PROMPTS, stored())
-    assert [shard["sampling"]["seed"] for shard in ResponseStore(tmp_path).shards()] == [0, 1]
+    assert [shard["sampling"]["seed"] for shard in ResponseStore(tmp_path).shards()] == [0, SEED_STRIDE]
     assert any(own == other for own, other in zip(chosen, rows, strict=True))
     distance = lambda row: abs(sum(row.response_mask) - 3)  # noqa: E731
     assert all(distance(own) <= distance(other) for own, other in zip(chosen, rows, strict=True))
@@ -87,7 +88,7 @@ def test_the_first_sample_is_what_the_curator_writes_alone_and_is_found_in_the_s
 def test_what_is_written_once_is_written_ahead_in_every_sample():
     curator, generators = best(rounds="once")
     curator.prepare(TWO, generators)
-    assert generators["teacher"].asked == [(0, 10), (0, 11), (0, 12)]
+    assert generators["teacher"].asked == [(0, seed) for seed in SEEDS]
     assert curator.rounds == "once"
     moving, generators = best()
     moving.prepare(TWO, generators)
@@ -99,7 +100,7 @@ def test_prompts_that_cant_be_judged_are_refused_before_anything_is_written():
     curator.verifier = NumericAnswer()
     asking = Prompts((Prompt("a", ({"role": "user", "content": "How many?"},), (5,), reference="Many."),))
     for ask in (curator.prepare, curator.curate):
-        with pytest.raises(DataError, match=r"prompt 'How many\?' has a response without a number"):
+        with pytest.raises(DataError, match=r"prompt 'How many\?' has a response without a numeric answer"):
             ask(asking, generators)
     assert generators["teacher"].asked == []
 
@@ -114,8 +115,8 @@ def test_the_log_says_what_the_choice_was_worth(caplog):
     with caplog.at_level(logging.INFO, "distillkit"):
         curator.curate(TWO, generators)
     assert caplog.messages == [  # (20 + 30 + 25 + 3 · 40) / 6, (20 + 40) / 2, (30 + 40) / 2
-        "BestOfN, round 2, 2 prompts: Token is 32.5 in the mean, 30 of the first samples and 35 of the best of 3; "
-        "the choice mattered for 1 prompts (50.0 %)"
+        "BestOfN, round 2, 2 prompts: mean Token is 32.5 over all samples, 30 over the first and 35 over the best of "
+        "3; the samples of 1 prompts (50.0 %) differ in score"
     ]
 
 

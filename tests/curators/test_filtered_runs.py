@@ -13,7 +13,7 @@ from distillkit.curators.filters import ResponseFilter
 from distillkit.interfaces import Curator
 from distillkit.losses import SkewKL
 from distillkit.types import Reduction, Row
-from tiny_runs import (
+from helpers.runs import (
     QUIET,
     ROUNDING,
     DoubleStudent,
@@ -53,9 +53,14 @@ def run(folder: Path, models: tuple[str, str], curator: Curator, numbers: list[i
     file.write_text("".join(json.dumps({"prompt": TEXTS[number]}) + "\n" for number in numbers))
     gradients, logger = Gradients(), MemoryLogger()
     module = DistillModule(
-        DoubleStudent(student), SkewKL(reduction=reduction), DoubleTeacher(teacher), curator,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05), lr_schedule="constant", warmup=0.0,
-    )  # fmt: skip
+        DoubleStudent(student),
+        SkewKL(reduction=reduction),
+        DoubleTeacher(teacher),
+        curator,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+        lr_schedule="constant",
+        warmup=0.0,
+    )
     trainer = lightning.Trainer(
         max_epochs=1, default_root_dir=folder, logger=logger, callbacks=[gradients], enable_checkpointing=False, **QUIET
     )

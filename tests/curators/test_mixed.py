@@ -5,22 +5,23 @@ from collections import Counter
 import pytest
 from scipy.stats import binomtest, chisquare
 
-from asked import Asked
 from distillkit.curators.mixed import MixedCurator
 from distillkit.curators.paired import PairedCurator
-from distillkit.curators.shares import drawn
+from distillkit.curators.replay import ReplayCurator
+from distillkit.curators.shares import uniform_draw
 from distillkit.curators.single import DatasetCurator, StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError
 from distillkit.schedules import Constant, Linear, Piecewise
 from distillkit.testing import SeededGenerator, make_prompts
 from distillkit.types import Progress, Prompts
+from helpers.recording import RecordingGenerator
 
 MANY = make_prompts(1000)
 
 
 @pytest.fixture
 def generators():
-    return {"teacher": Asked("teacher"), "student": Asked("student")}
+    return {"teacher": RecordingGenerator("teacher"), "student": RecordingGenerator("student")}
 
 
 def writers(rows):
@@ -40,8 +41,8 @@ def test_rows_stand_in_the_prompts_order_and_a_part_is_asked_for_its_own_prompts
     rows = MixedCurator([TeacherCurator(rounds="epoch"), StudentCurator()], [0.5, 0.5]).curate(MANY, generators)
     assert [row.prompt_id for row in rows] == [prompt.id for prompt in MANY]
     for name, generator in generators.items():
-        assert generator.asked == [(0, [row.prompt_id for row in rows if row.writer == name])]
-        assert len(generator.asked[0][1]) > 400
+        assert generator.calls == [(0, [row.prompt_id for row in rows if row.writer == name])]
+        assert len(generator.calls[0][1]) > 400
 
 
 def test_a_draw_depends_on_seed_round_and_prompt_and_not_on_its_neighbours(generators):
@@ -60,7 +61,7 @@ def test_a_draw_depends_on_seed_round_and_prompt_and_not_on_its_neighbours(gener
 
 
 def test_draws_are_uniform():
-    numbers = [drawn(0, 0, prompt.id) for prompt in MANY]
+    numbers = [uniform_draw(0, 0, prompt.id) for prompt in MANY]
     assert 0 <= min(numbers) <= max(numbers) < 1
     assert chisquare(list(Counter(int(10 * number) for number in numbers).values())).pvalue > 0.001
 
@@ -69,7 +70,7 @@ def test_draws_are_uniform():
 def test_a_part_without_a_share_is_not_asked(shares, only, generators):
     rows = MixedCurator([TeacherCurator(rounds="epoch"), StudentCurator()], shares).curate(MANY, generators)
     assert set(writers(rows)) == {only}
-    assert [name for name, generator in generators.items() if generator.asked] == [only]
+    assert [name for name, generator in generators.items() if generator.calls] == [only]
 
 
 def test_shares_that_sum_to_1_only_roughly_leave_no_prompt_out(generators):
@@ -115,21 +116,22 @@ def test_parts_that_stay_keep_their_prompts_in_every_round(generators):
     first, second = (mixed.curate(MANY.at_round(number), generators) for number in (0, 4))
     assert first == second
     own = [row.prompt_id for row in first if row.writer == "teacher"]
-    assert generators["teacher"].asked == [(0, own)] * 3
+    assert generators["teacher"].calls == [(0, own)] * 3
 
 
 def test_a_part_that_is_written_once_is_prepared_for_all_prompts_where_others_move(generators):
     MixedCurator([TeacherCurator(), StudentCurator()], [0.5, 0.5]).prepare(MANY, generators)
-    assert generators["teacher"].asked == [(0, [prompt.id for prompt in MANY])]
-    assert generators["student"].asked == []
+    assert generators["teacher"].calls == [(0, [prompt.id for prompt in MANY])]
+    assert generators["student"].calls == []
 
 
 def test_pairs_can_be_mixed(generators):
     pairs = [PairedCurator(), PairedCurator(chosen=DatasetCurator())]
     rows = MixedCurator(pairs, [0.5, 0.5]).curate(MANY, generators)
     assert set(zip(writers(rows[::2]), writers(rows[1::2]), strict=True)) == {
-        ("teacher", "student"), ("dataset", "student"),
-    }  # fmt: skip
+        ("teacher", "student"),
+        ("dataset", "student"),
+    }
     assert [row.prompt_id for row in rows[::2]] == [row.prompt_id for row in rows[1::2]]
 
 
@@ -145,9 +147,11 @@ def test_writers_and_what_they_need_are_those_of_all_parts():
     mixed = MixedCurator([PairedCurator(), DatasetCurator()], [1.0, 0.0])
     assert (mixed.writers, mixed.needs_reference) == ({"teacher", "student"}, True)
     own = SeededGenerator("teacher")
-    assert MixedCurator([TeacherCurator(generator=own), StudentCurator()], [1.0, 0.0]).brings() == {"teacher": own}
-    with pytest.raises(ConfigError, match="Two curators bring a generator for the writer teacher"):
-        MixedCurator([TeacherCurator(generator=SeededGenerator("a")) for _ in range(2)], [1.0, 0.0]).brings()
+    assert MixedCurator([TeacherCurator(generator=own), StudentCurator()], [1.0, 0.0]).own_generators() == {
+        "teacher": own
+    }
+    with pytest.raises(ConfigError, match="Two curators have different generators for the writer teacher"):
+        MixedCurator([TeacherCurator(generator=SeededGenerator("a")) for _ in range(2)], [1.0, 0.0]).own_generators()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ def test_writers_and_what_they_need_are_those_of_all_parts():
         (2, [1.0], r"shares needs one number for each of 2 parts, got \[1\.0\]"),
         (2, [0.5, 0.6], r"shares must be at least 0 and sum to 1, got \[0\.5, 0\.6\]"),
         (2, [-0.5, 1.5], r"shares must be at least 0 and sum to 1"),
-        (3, Constant(0.5), r"shares may be a schedule, .* where there are two parts, got 3"),
+        (3, Constant(0.5), r"shares may be a schedule, .* only with two parts, got 3"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(parts, shares, message):
@@ -185,3 +189,13 @@ def test_the_log_says_what_share_each_writer_really_got(generators, caplog):
     assert found is not None, line
     assert (int(found[1]), int(found[3])) == (counts["student"], counts["dataset"])
     assert float(found[2]) == pytest.approx(100 * counts["student"] / 40)
+
+
+def test_schedules_have_names_for_the_log():
+    replayed = ReplayCurator(StudentCurator(), Linear(0.0, 1.0))
+    curator = MixedCurator([TeacherCurator(), replayed], Linear(1.0, 0.0))
+    assert {name: schedule.start for name, schedule in curator.schedules().items()} == {
+        "shares": 1.0,
+        "1_ReplayCurator/replay": 0.0,
+    }
+    assert MixedCurator([TeacherCurator(), StudentCurator()], [0.5, 0.5]).schedules() == {}

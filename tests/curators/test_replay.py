@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.stats import binomtest, chisquare
 
-from asked import Asked
 from distillkit.curators.filtered import FilteredCurator
 from distillkit.curators.filters import Truncated
 from distillkit.curators.paired import PairedCurator
@@ -15,13 +14,14 @@ from distillkit.errors import ConfigError
 from distillkit.schedules import Linear
 from distillkit.testing import make_prompts
 from distillkit.types import Progress, Prompts
+from helpers.recording import RecordingGenerator
 
 PROMPTS = make_prompts(400)
 
 
 @pytest.fixture
 def generators():
-    return {"student": Asked("student"), "teacher": Asked("teacher")}
+    return {"student": RecordingGenerator("student"), "teacher": RecordingGenerator("teacher")}
 
 
 def part(start, stop, number=0):
@@ -39,7 +39,7 @@ def run(curator, generators, sizes):
 
 def test_everything_is_fresh_until_the_buffer_is_full(generators):
     run(ReplayCurator(StudentCurator(), replay=1.0, capacity=20), generators, [10, 10, 10])
-    assert [len(ids) for _, ids in generators["student"].asked] == [10, 10], "the third round is replayed whole"
+    assert [len(ids) for _, ids in generators["student"].calls] == [10, 10], "the third round is replayed whole"
 
 
 def test_a_share_of_the_places_is_taken_by_rows_of_the_buffer(generators):
@@ -48,7 +48,7 @@ def test_a_share_of_the_places_is_taken_by_rows_of_the_buffer(generators):
     assert binomtest(len(replayed), 300, 0.3).pvalue > 0.001
     assert set(replayed) <= set(first)
     fresh = [row.prompt_id for row, prompt in zip(second, part(100, 400), strict=True) if row.prompt_id == prompt.id]
-    assert generators["student"].asked[1] == (1, fresh), "only the others are written"
+    assert generators["student"].calls[1] == (1, fresh), "only the others are written"
 
 
 def test_a_round_takes_no_group_twice_while_there_are_enough(generators):
@@ -77,7 +77,7 @@ def test_the_oldest_rows_leave_the_buffer(generators):
 def test_replayed_rows_do_not_enter_the_buffer_again(generators):
     curator = ReplayCurator(StudentCurator(), replay=0.5, capacity=10)
     run(curator, generators, [10, 10])
-    asked = generators["student"].asked[1][1]
+    asked = generators["student"].calls[1][1]
     assert 0 < len(asked) < 10
     curator.replay._fixed = 1.0
     held = {row.prompt_id for row in curator.curate(part(100, 110, 2), generators)}
@@ -110,9 +110,7 @@ def test_a_schedule_is_read_when_a_round_starts(generators):
         rows = curator.curate(part(100, 300, number), generators)
         curator.update(Progress(step + 2, 10), {})
         assert curator.curate(part(100, 300, number), generators) == rows
-        replayed = (
-            200 - sum(len(ids) for round_number, ids in generators["student"].asked if round_number == number) / 2
-        )
+        replayed = 200 - sum(len(ids) for round_index, ids in generators["student"].calls if round_index == number) / 2
         assert binomtest(int(replayed), 200, expected).pvalue > 0.001
 
 
@@ -152,10 +150,10 @@ def test_the_log_says_how_many_places_were_taken(generators, caplog):
     with caplog.at_level(logging.INFO, "distillkit"):
         run(curator, generators, [10, 20])
     assert caplog.messages == [
-        "ReplayCurator, round 0: rows of the buffer for 0 of 10 prompts (0.0 %, share 0.0 %); it held the rows of 0 "
-        "prompts of 10",
-        "ReplayCurator, round 1: rows of the buffer for 20 of 20 prompts (100.0 %, share 100.0 %); it held the rows "
-        "of 10 prompts of 10",
+        "ReplayCurator, round 0: 0 of 10 prompts replayed from the buffer (0.0 %, share 0.0 %), which was filled with "
+        "the rows of 0 of 10 prompts",
+        "ReplayCurator, round 1: 20 of 20 prompts replayed from the buffer (100.0 %, share 100.0 %), which was filled "
+        "with the rows of 10 of 10 prompts",
     ]
 
 
@@ -164,5 +162,5 @@ def test_settings_outside_their_range_are_refused():
         ReplayCurator(StudentCurator(), capacity=0)
     with pytest.raises(ConfigError, match=r"ReplayCurator\.replay must lie in \[0, 1\], got 1\.5"):
         ReplayCurator(StudentCurator(), replay=1.5)
-    with pytest.raises(ConfigError, match=r"must write anew during training, and TeacherCurator has rounds `once`"):
+    with pytest.raises(ConfigError, match=r"must generate new responses .* TeacherCurator has rounds `once`"):
         ReplayCurator(TeacherCurator())

@@ -5,18 +5,18 @@ import lightning
 import pytest
 
 from distillkit import DistillData, DistillModule, Sampling, Student
-from distillkit.curators.brought import models_of
+from distillkit.curators.base import models_of
 from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.curators.speculative import SpeculativeCurator
 from distillkit.errors import ConfigError
-from distillkit.generators.acceptance import Exact, TopK, Typical
-from distillkit.generators.in_process import TransformersGenerator
-from distillkit.generators.speculative import SpeculativeGenerator
+from distillkit.generators.speculative.acceptance import Exact, TopK, Typical
+from distillkit.generators.speculative.generator import SpeculativeGenerator
+from distillkit.generators.transformers import TransformersGenerator
 from distillkit.losses import CrossEntropy, ForwardKL
 from distillkit.models.fingerprint import fingerprint
-from distillkit.store import Provenance, ResponseStore
-from distillkit.teachers.in_process import TransformersTeacher
-from tiny_runs import QUIET, MemoryLogger, save_models, write_prompts
+from distillkit.storage.responses import Provenance, ResponseStore
+from distillkit.teachers.transformers import TransformersTeacher
+from helpers.runs import QUIET, MemoryLogger, save_models, write_prompts
 
 SHORT = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=6)
 
@@ -24,7 +24,7 @@ SHORT = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=6)
 def test_it_brings_a_generator_that_writes_with_both_models():
     curator = SpeculativeCurator()
     assert curator.writers == frozenset({"speculative"})
-    assert curator.brings()["speculative"].models == ("student", "teacher")
+    assert curator.own_generators()["speculative"].needs_models == ("student", "teacher")
     assert models_of(curator) == {"student", "teacher"}
 
 
@@ -40,13 +40,13 @@ def test_it_brings_a_generator_that_writes_with_both_models():
 )
 def test_the_rule_and_its_rounds_are_as_configured(settings, rule, rounds):
     curator = SpeculativeCurator(**settings)
-    assert (curator.brings()["speculative"].rule, curator.rounds) == (rule, rounds)
+    assert (curator.own_generators()["speculative"].rule, curator.rounds) == (rule, rounds)
 
 
 def test_settings_reach_the_generator():
-    generator = SpeculativeCurator(block=7, batch_size=5, progress=False).brings()["speculative"]
+    generator = SpeculativeCurator(block=7, batch_size=5, progress=False).own_generators()["speculative"]
     assert (generator.block, generator.batch_size, generator.progress) == (7, 5, False)
-    with pytest.raises(ConfigError, match="epsilon belongs to the rule typical, and rule is top_k"):
+    with pytest.raises(ConfigError, match="epsilon belongs to the rule typical, but rule is top_k"):
         SpeculativeCurator("top_k", epsilon=0.1)
 
 
@@ -88,12 +88,16 @@ def test_a_run_writes_each_epoch_with_the_student_as_it_is_and_logs_the_rate(fol
     assert len(rates) == 4
     assert rates[0] == rates[1]
     assert 0 < rates[0] < 1
-    assert rates[-1] == pytest.approx(curator.brings()["speculative"].acceptance.rate, rel=1e-6)  # of the last round
+    assert rates[-1] == pytest.approx(
+        curator.own_generators()["speculative"].acceptance.rate, rel=1e-6
+    )  # of the last round
     assert min(logger.column("curation/speculative/tokens_per_check")) >= 1
     student, teacher = Student(str(folder / "student")).load(), module.teacher.model
     shards = ResponseStore(tmp_path / "responses").shards()
     first, second = (shard["model"].split("+") for shard in shards)
-    assert first == [fingerprint(student), fingerprint(teacher), "speculative TopK(k=60) block=4"]
+    assert first[:2] == [fingerprint(student), fingerprint(teacher)]
+    assert first[2].startswith("template:")
+    assert first[3:] == ["speculative TopK(k=60) block=4"]
     assert second[1:] == first[1:]
     assert second[0] not in (first[0], fingerprint(module.student))  # neither the first nor the last
     assert [(shard["writer"], shard["round"], shard["responses"]) for shard in shards] == [
@@ -123,5 +127,5 @@ def test_without_a_teacher_it_is_refused_before_anything_is_loaded(folder: Path)
 
 
 def test_as_the_generator_of_a_whole_run_it_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.generator writes for student and teacher, each alone"):
+    with pytest.raises(ConfigError, match=r"model\.generator generates for student and teacher, each alone"):
         built(folder, StudentCurator(), generator=SpeculativeGenerator())

@@ -1,12 +1,12 @@
 import pytest
 
-from distillkit.curators.brought import models_of
+from distillkit.curators.base import models_of
 from distillkit.curators.paired import PairedCurator
 from distillkit.curators.single import DatasetCurator, StudentCurator, TeacherCurator
 from distillkit.curators.stronger import StrongerCurator
 from distillkit.errors import ConfigError
-from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.server import ServerGenerator
+from distillkit.generators.transformers import TransformersGenerator
 from distillkit.interfaces import Generator
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling
 
@@ -14,7 +14,7 @@ from distillkit.types import Prompt, Prompts, Response, Row, Sampling
 class Own(Generator):
     """Has a model of its own, and answers everything with two tokens."""
 
-    models = ()
+    needs_models = ()
 
     def refresh(self, model, tokenizer):
         pass
@@ -26,15 +26,15 @@ class Own(Generator):
 def test_it_brings_its_writer_along_and_says_who_wrote():
     generator = Own()
     curator = StrongerCurator(generator, Sampling(max_new_tokens=2))
-    assert curator.brings() == {"stronger": generator}
+    assert curator.own_generators() == {"stronger": generator}
     assert (curator.writers, curator.rounds, curator.needs_reference) == (frozenset({"stronger"}), "once", False)
-    rows = curator.curate(Prompts((Prompt("a", (), (5, 6)),)), curator.brings())
+    rows = curator.curate(Prompts((Prompt("a", (), (5, 6)),)), curator.own_generators())
     assert list(rows) == [Row((5, 6, 20, 1), (False, False, True, True), "stronger", "a")]
 
 
 def test_a_generator_without_a_model_of_its_own_is_refused():
     with pytest.raises(
-        ConfigError, match="must bring a model of its own, and TransformersGenerator writes with the run's"
+        ConfigError, match="must use a model outside the run, and TransformersGenerator generates with the run's"
     ):
         StrongerCurator(TransformersGenerator())
 

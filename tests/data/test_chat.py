@@ -7,8 +7,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.data.chat import EncodeReport, encode, encode_all, encode_response, require_chat_template
-from distillkit.data.records import Record
 from distillkit.errors import ConfigError, DataError, ModelError
+from distillkit.types import Record
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
@@ -206,7 +206,7 @@ def test_a_thought_that_the_template_adds_to_an_answer_belongs_to_it():
 def test_a_template_that_rewrites_answers_is_refused_with_the_turn(template, contents, turn):
     tok = tokenizer(template)
 
-    with pytest.raises(DataError, match=rf"^a\.jsonl line 7: .* some/model writes assistant turn {turn} differently"):
+    with pytest.raises(DataError, match=rf"^a\.jsonl line 7: .* some/model renders assistant turn {turn} differently"):
         encode(record(*contents), tok, ids(tok, "<|im_end|>"), chat=True)
 
 
@@ -323,7 +323,14 @@ def test_duplicates_and_overlong_records_are_counted():
     prompts, report = encode_all(records, tok, ends, True, None, 60, "drop")
 
     assert prompts == [encode(records[index], tok, ends, True) for index in (0, 1, 4)]
-    assert report == EncodeReport(kept=3, duplicates=1, overlong=1, unended=0)
+    length = len(encode(long, tok, ends, True).reference_ids)
+    assert report == EncodeReport(
+        num_prompts=3,
+        duplicates=(f"{records[3].origin} has the same prompt as {records[0].origin}",),
+        overlong=(f"{long.origin} has {length} tokens, more than `data.max_length: 60`",),
+        unended=0,
+    )
+    assert [prompt.origin for prompt in prompts] == [records[index].origin for index in (0, 1, 4)]
 
 
 def test_an_overlong_record_is_an_error_that_says_how_long_it_is():
@@ -331,7 +338,7 @@ def test_an_overlong_record_is_an_error_that_says_how_long_it_is():
     ends = ids(tok, "<|im_end|>")
     length = len(encode(record("What?", "four"), tok, ends, True).reference_ids)
 
-    assert encode_all([record("What?", "four")], tok, ends, True, None, length, "error")[1].kept == 1
+    assert encode_all([record("What?", "four")], tok, ends, True, None, length, "error")[1].num_prompts == 1
     with pytest.raises(DataError, match=rf"line 7 has {length} tokens, more than `data\.max_length: {length - 1}`"):
         encode_all([record("What?", "four")], tok, ends, True, None, length - 1, "error")
 
@@ -341,7 +348,7 @@ def test_responses_without_an_end_of_turn_are_counted():
 
     _, report = encode_all([record("a", "b"), record("c")], tok, ids(tok, "<end_of_turn>"), True, None, 60, "error")
 
-    assert report == EncodeReport(kept=2, duplicates=0, overlong=0, unended=1)
+    assert report == EncodeReport(num_prompts=2, duplicates=(), overlong=(), unended=1)
 
 
 @pytest.mark.parametrize("answer", ["four", " four", "\n\nIt is four.\n", "a <b> 4 ü"])
@@ -376,7 +383,7 @@ def test_plain_text_is_answered_in_plain_text_whatever_the_tokenizer_has():
 def test_earlier_turns_that_a_template_rewrites_do_not_matter_for_a_later_answer():
     tok = tokenizer(FORGETFUL)
     turns = ("a", "b", "c", "d", "e")
-    with pytest.raises(DataError, match="writes assistant turn 2 differently"):
+    with pytest.raises(DataError, match="renders assistant turn 2 differently"):
         encode(record(*turns, "f"), tok, ids(tok, "<|im_end|>"), chat=True)
     prompt = encode(record(*turns), tok, ids(tok, "<|im_end|>"), chat=True)
 

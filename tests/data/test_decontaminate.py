@@ -4,9 +4,11 @@ import logging
 import pytest
 
 from distillkit.data.decontaminate import Decontamination, without_overlap
-from distillkit.data.module import DistillData
-from distillkit.data.records import Record, Source
+from distillkit.data.records import Source
 from distillkit.errors import ConfigError, DataError
+from distillkit.training.datamodule import DistillData
+from distillkit.types import Record
+from helpers.languages import ANSWERS
 
 LONG = "Tell me in which year the old bridge over the river was built and by whom"
 
@@ -47,6 +49,17 @@ def test_short_prompts_are_compared_as_a_whole():
     assert kept(texts, ["What is 2 + 2?"]) == texts[2:]
 
 
+@pytest.mark.parametrize("script", ANSWERS)
+def test_the_same_prompt_is_left_out_in_every_script(script):
+    text = ANSWERS[script]
+    assert kept([text, f"«{text}»", ANSWERS["Greek" if script != "Greek" else "Latin"]], [text])[:-1] == []
+
+
+def test_a_quotation_without_spaces_is_left_out():
+    held_out = "请告诉我河上的那座老桥是哪一年建造的,是谁建造的?"
+    assert kept([f"问题:{held_out[4:20]}", f"问题:{held_out[4:14]}"], [held_out]) == [f"问题:{held_out[4:14]}"]
+
+
 def test_a_prompt_of_no_words_overlaps_with_nothing():
     assert kept(["?!"], ["?!"]) == ["?!"]
 
@@ -58,14 +71,17 @@ def test_every_turn_of_the_user_counts_and_nobody_elses():
     assert found == [others]
 
 
-def test_the_log_counts_and_names_the_first(caplog):
+def test_the_log_counts_and_names_each(caplog):
     records = [record("One"), record(LONG, origin="train line 2"), record(LONG + "?", origin="train line 3")]
     with caplog.at_level(logging.INFO, "distillkit"):
         without_overlap(records, {"val": [record("Two")], "gsm.jsonl": [record(LONG, origin="gsm.jsonl line 7")]})
         without_overlap(records[:1], {"val": [record("Two")]}, ngram=8)
     assert caplog.messages == [
         "data.decontaminate: 2 of 3 training records share a run of 13 words, or a shorter turn, with a prompt of val, "
-        "gsm.jsonl; the first, train line 2, with gsm.jsonl line 7; they are left out",
+        "gsm.jsonl; they are left out",
+        "data.decontaminate: 2 of 3 rows are left out",
+        "left out: train line 2 shares words with gsm.jsonl line 7",
+        "left out: train line 3 shares words with gsm.jsonl line 7",
         "data.decontaminate: 0 of 1 training records share a run of 8 words, or a shorter turn, with a prompt of val; "
         "they are left out",
     ]

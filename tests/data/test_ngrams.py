@@ -2,14 +2,7 @@ import random
 
 import pytest
 
-from distillkit.data.ngrams import ngrams, repetition, words
-
-
-def test_words_are_in_lower_case_and_without_punctuation():
-    assert words("Who's there? STRASSE, straße; 3.5 über-all_1") == (
-        "who", "s", "there", "strasse", "strasse", "3", "5", "über", "all_1",
-    )  # fmt: skip
-    assert words(" ?! ") == ()
+from distillkit.data.ngrams import ngrams, repetition
 
 
 def test_every_run_of_n_items_is_an_ngram():

@@ -162,7 +162,8 @@ def test_a_line_is_filled_up_to_a_multiple_by_a_row_that_nothing_sees(bucket):
     assert torch.equal(filled.positions, plain.positions)
     rest = filled.input_ids[0, length:].tolist()
     assert rest == [9] * len(rest)
-    assert filled.position_ids[0, length:].tolist() == list(range(len(rest)))
+    # No position that the rows don't have: a learned one could be past the model's last.
+    assert filled.position_ids[0, length:].tolist() == [index % 4 for index in range(len(rest))]
     assert filled.segments[: len(plain.segments)] == plain.segments
     assert_segments_cover(filled)
     assert all(own.last <= length for own in filled.segments)

@@ -113,7 +113,7 @@ def test_a_file_in_a_wheel_is_read_and_named_without_its_hash(monkeypatch):
     path = jsonl({"prompt": "Hi"}, {"prompt": 3}, name="inside.jsonl")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     source = f"wheel:some-data==1.2/data/inside.jsonl#sha256={digest}"
-    monkeypatch.setattr("distillkit.data.records.wheel_file", lambda asked: {source: Path(path).absolute()}[asked])
+    monkeypatch.setattr("distillkit.data.locations.wheel_file", lambda asked: {source: Path(path).absolute()}[asked])
 
     assert read(source, limit=1) == [((USER,), "some-data==1.2/data/inside.jsonl line 1")]
     with pytest.raises(DataError, match=r"^some-data==1\.2/data/inside\.jsonl line 2, prompt must be a text"):
@@ -154,7 +154,7 @@ def test_a_hub_dataset_that_can_not_be_loaded_is_one_error_that_says_why(monkeyp
         ('{"text": "Hi", "id": 1}', r"has neither 'prompt' nor 'messages', only 'text', 'id'; name the right column"),
         ("{}", r"has neither 'prompt' nor 'messages', only nothing"),
         ('{"prompt": 3}', r", prompt must be a text, got 3 \(int\); write one string\.$"),
-        ('{"prompt": [{"role": "user"}]}', r", prompt must be a text.* name the column with messages_column\.$"),
+        ('{"prompt": [{"role": "user"}]}', r", prompt, turn 1 must be an object with role and content"),
         ('{"prompt": " \\n"}', r", prompt is an empty prompt; write the text or leave the row out"),
         ('{"prompt": "Hi", "response": " "}', r", response is an empty response; .* \(null in JSON\)"),
         ('{"prompt": "Hi", "response": 3}', r", response must be a text, got 3 \(int\)"),
@@ -214,7 +214,7 @@ def test_a_parquet_file_without_rows_is_refused():
         ("prompt,id\nHi,1\nHi\n", r"row 2 has 1 cells where the header has 2"),
         ("prompt,id\nHi,1\n\nHi,2\n", r"row 2 has 0 cells where the header has 2"),
         ('prompt\nHi\n"Hi\n', r"row 2 is not valid CSV: unexpected end of data"),
-        ("prompt,prompt\nHi,Ho\n", r"names a column twice in its header, prompt, prompt"),
+        ("prompt,prompt\nHi,Ho\n", r"names a column twice in its header, 'prompt', 'prompt'"),
         ("text\nHi\n", r"row 1 has neither 'prompt' nor 'messages', only 'text'"),
     ],
 )

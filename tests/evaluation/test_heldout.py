@@ -12,7 +12,7 @@ from distillkit.evaluation.heldout import Answer, HeldOut
 from distillkit.interfaces import Generator
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling, Scores
 from distillkit.verifiers.length import TargetLength
-from gloo import run_ranks
+from helpers.gloo import run_ranks
 
 VOCAB = 17
 
@@ -138,7 +138,7 @@ def test_the_table_holds_the_last_turn_asked_and_both_answers():
     told = Prompt("0", ({"role": "system", "content": "Be brief."}, *first.messages), (2,))
     held_out.answer(Scripted("A", "B"), Prompts((told, second)), ["a", "b"], Sampling())
     expected = [Answer("Question 0", "a", "A", "0", "stop", 1), Answer("Question 1", "b", "B", "1", "stop", 1)]
-    assert [replace(row, figures={}) for row in held_out.table] == expected
+    assert [replace(row, metrics={}) for row in held_out.table] == expected
 
 
 def test_each_prompt_has_the_figures_of_its_own_positions():
@@ -151,10 +151,10 @@ def test_each_prompt_has_the_figures_of_its_own_positions():
     for row, start in ((0, 0), (2, 5)):
         part = slice(start, start + lengths[row])
         own = by_hand([(replace(batch, targets=batch.targets[part]), teacher[part], student[part])])
-        assert {name: found[row].figures[name] for name in own} == pytest.approx(own, rel=1e-5)
-    assert [row.figures.keys() & {"kl"} for row in found] == [{"kl"}, set(), {"kl"}, set()]
-    assert [row.figures["rouge_l"] for row in found] == pytest.approx([100, 100, 0, 100])
-    assert [row.figures["brief"] for row in found] == [-2.0] * 4
+        assert {name: found[row].metrics[name] for name in own} == pytest.approx(own, rel=1e-5)
+    assert [row.metrics.keys() & {"kl"} for row in found] == [{"kl"}, set(), {"kl"}, set()]
+    assert [row.metrics["rouge_l"] for row in found] == pytest.approx([100, 100, 0, 100])
+    assert [row.metrics["brief"] for row in found] == [-2.0] * 4
     assert float(held_out.compute()["brief"]) == -2.0
 
 
@@ -167,7 +167,7 @@ def test_a_verifier_can_not_have_the_name_of_another_figure(name):
 def test_names_of_python_are_names():
     held_out = HeldOut({"keys": TargetLength()})
     held_out.answer(Scripted("a"), questions(1), ["a"], Sampling())
-    assert [row.figures["keys"] for row in held_out.table] == [-1.0]
+    assert [row.metrics["keys"] for row in held_out.table] == [-1.0]
 
 
 def test_ranks_with_different_numbers_of_positions_and_answers_agree(tmp_path):

@@ -1,24 +1,30 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
 from distillkit.data.chat import encode
-from distillkit.data.records import Record
 from distillkit.errors import ConfigError, DataError
 from distillkit.generators.file import FileGenerator
-from distillkit.types import Prompts, Sampling
-from tiny import END_ID, tiny_tokenizer
+from distillkit.types import Prompts, Record, Sampling
+from helpers.models import END_ID, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SAMPLING = Sampling(max_new_tokens=100)
 ROWS = [
     {"prompt": "Which day?", "response": "Monday."},
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
-                  {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Goodbye."}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "Goodbye."},
+        ]
+    },
     {"prompt": "Nobody answers"},
     {"prompt": "Which day?", "response": "Tuesday."},
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -49,14 +55,21 @@ def whole(question, answer):
     return found.reference_ids[len(found.input_ids) :]
 
 
-def test_responses_are_found_by_their_prompts_and_the_first_counts(file, caplog):
+def test_responses_are_found_by_their_prompts(file, caplog):
     caplog.set_level("INFO", "distillkit")
     prompts = prompts_of(ROWS[1]["messages"][:3], "Which day?")
     found = ready(file).generate(prompts, SAMPLING)
     assert [(response.text, response.finish) for response in found] == [("Goodbye.", "stop"), ("Monday.", "stop")]
     assert [response.prompt_id for response in found] == [prompt.id for prompt in prompts]
     assert found[1].token_ids == whole("Which day?", "Monday.")
-    assert "1 responses to prompts that an earlier row answers are left out" in caplog.text
+    assert "strong.jsonl has several responses to 1 of 2 prompts" in caplog.text
+
+
+def test_each_round_and_each_seed_read_the_next_of_several_responses(file):
+    prompts, generator = prompts_of("Which day?"), ready(file)
+    days = [generator.generate(prompts.at_round(index), SAMPLING)[0].text for index in range(4)]
+    assert days == ["Monday.", "Tuesday.", "Monday.", "Tuesday."]
+    assert generator.generate(prompts, replace(SAMPLING, seed=1))[0].text == "Tuesday."
 
 
 def test_a_system_message_that_the_run_puts_before_its_prompts_hides_no_response(file):
@@ -86,6 +99,14 @@ def test_a_response_is_cut_at_the_longest_that_is_asked_for(file):
     found = ready(file).generate(prompts_of("Which day?"), Sampling(max_new_tokens=2))[0]
     assert found.token_ids == whole("Which day?", "Monday.")[:2]
     assert found.finish == "length"
+
+
+def test_a_response_that_was_cut_has_no_end_of_turn(tmp_path):
+    path = tmp_path / "strong.jsonl"
+    path.write_text(json.dumps({"prompt": "Which day?", "response": "Mon", "finish": "length"}))
+    response = ready(path).generate(prompts_of("Which day?"), SAMPLING)[0]
+    assert (response.text, response.finish) == ("Mon", "length")
+    assert response.token_ids == whole("Which day?", "Mon")[:-1]
 
 
 def test_columns_may_have_other_names(tmp_path):

@@ -6,11 +6,11 @@ import pytest
 
 from distillkit import registry
 from distillkit.generators.file import FileGenerator
-from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.local import LocalGenerator
-from distillkit.generators.speculative import SpeculativeGenerator
+from distillkit.generators.speculative.generator import SpeculativeGenerator
+from distillkit.generators.transformers import TransformersGenerator
 from distillkit.testing import GeneratorContract, check_generator
-from tiny import save_tiny
+from helpers.models import save_tiny
 
 
 def test_these_are_the_generators_that_need_nothing_else():

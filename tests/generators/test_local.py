@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from distillkit.data.chat import encode
-from distillkit.data.records import Record
 from distillkit.errors import ConfigError, ModelError
 from distillkit.generators import local as module
-from distillkit.generators.in_process import TransformersGenerator
 from distillkit.generators.local import LocalGenerator
-from distillkit.types import Prompts, Sampling
-from tiny import CHAT_TEMPLATE, END_ID, save_tiny, tiny_model, tiny_tokenizer
+from distillkit.generators.transformers import TransformersGenerator
+from distillkit.types import Prompts, Record, Sampling
+from helpers.models import CHAT_TEMPLATE, END_ID, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SAMPLING = Sampling(temperature=1.0, top_p=0.95, max_new_tokens=12, seed=3)
@@ -51,7 +50,7 @@ def test_it_writes_what_its_model_writes_in_the_runs_tokens(strong):
 
 def test_another_tokenizer_is_refused_where_tokens_are_exchanged(other):
     with pytest.raises(
-        ModelError, match=r"has another tokenizer than the run, .* set LocalGenerator\.exchange to text"
+        ModelError, match=r"has another tokenizer than the run, .* Set LocalGenerator\.exchange to text"
     ):
         ready(other)
 

@@ -5,13 +5,14 @@ import re
 import pytest
 import torch
 
-from distillkit.data.module import DistillData
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.generators import magpie
-from distillkit.generators.magpie import MagpiePrompts, open_turn
+from distillkit.generators.magpie import MagpiePrompts, user_turn_affixes
 from distillkit.models.sources import prepare
+from distillkit.training.datamodule import DistillData
 from distillkit.types import Response, Sampling
-from tiny import END_ID, save_tiny, tiny_model, tiny_tokenizer
+from helpers.languages import ANSWERS
+from helpers.models import END_ID, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 USERS = [
@@ -62,12 +63,12 @@ def test_the_model_writes_prompts_of_its_own(model, caplog):
         found = texts(MagpiePrompts(model, 5, FORGIVING, batch_size=8))
     assert len(set(found)) == 5
     assert set(found) & set(USERS), "what it has learnt by heart"
-    said = re.fullmatch(r"MagpiePrompts: 5 of (\d+) texts by (.*) kept; (.*)", caplog.messages[0])
+    said = re.fullmatch(r"MagpiePrompts: accepted 5 of (\d+) texts from (.*) \((.*)\)", caplog.messages[0])
     assert said is not None
     assert said[2] == model
     counts = [int(number) for number in re.findall(r"\d+", said[3])]
     assert int(said[1]) == 5 + sum(counts)
-    assert "written before" in said[3]
+    assert "duplicate" in said[3]
 
 
 def test_they_depend_on_the_seed_and_not_on_the_batch(model, cache):
@@ -90,9 +91,12 @@ def test_they_are_written_once_and_another_setting_writes_others(model, cache, m
     monkeypatch.setattr(magpie, "load_model", load)
     assert texts(MagpiePrompts(model, 4, FORGIVING, batch_size=5)) == first
     others = [
-        MagpiePrompts(model, 3, FORGIVING), MagpiePrompts(model, 4), MagpiePrompts(model, 4, FORGIVING, min_words=2),
-        MagpiePrompts(model, 4, FORGIVING, system="Ask."), MagpiePrompts(model, 4, FORGIVING, dtype="bfloat16"),
-    ]  # fmt: skip
+        MagpiePrompts(model, 3, FORGIVING),
+        MagpiePrompts(model, 4),
+        MagpiePrompts(model, 4, FORGIVING, min_words=2),
+        MagpiePrompts(model, 4, FORGIVING, system="Ask."),
+        MagpiePrompts(model, 4, FORGIVING, dtype="bfloat16"),
+    ]
     assert len({own.file() for own in (source, *others)}) == 6
     for other in others:
         with pytest.raises(AssertionError, match="the model was loaded"):
@@ -122,7 +126,7 @@ def test_a_writer_that_is_interrupted_leaves_no_file(model, cache, monkeypatch):
 def test_a_model_that_writes_no_prompts_is_an_error_with_counts(tmp_path):
     noise = str(save_tiny(tmp_path / "noise", initializer_range=0.02))
     with pytest.raises(
-        DataError, match=r"of 16 texts that .* wrote only \d are prompts \((\d+ [\w ]+(, )?)+\), and 2 are"
+        DataError, match=r"only \d of 16 texts from .* are usable prompts \((\d+ [\w ]+(, )?)+\), but num_prompts is 2"
     ):
         MagpiePrompts(noise, 2, Sampling(max_new_tokens=4)).records()
     assert not MagpiePrompts(noise, 2, Sampling(max_new_tokens=4)).file().exists()
@@ -141,11 +145,11 @@ def template(text):
 
 
 def test_the_turn_is_opened_as_the_template_opens_it():
-    assert open_turn(TOKENIZER) == ("<|im_start|>user\n", "<|im_end|>\n")
-    told = open_turn(TOKENIZER, "Be brief.")
+    assert user_turn_affixes(TOKENIZER) == ("<|im_start|>user\n", "<|im_end|>\n")
+    told = user_turn_affixes(TOKENIZER, "Be brief.")
     assert told == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n")
     default = template("<s>You are kind. [INST] {{ messages[0]['content'] | trim }} [/INST]")
-    assert open_turn(default) == ("<s>You are kind. [INST] ", " [/INST]")
+    assert user_turn_affixes(default) == ("<s>You are kind. [INST] ", " [/INST]")
 
 
 @pytest.mark.parametrize(
@@ -158,18 +162,18 @@ def test_the_turn_is_opened_as_the_template_opens_it():
     ],
 )
 def test_a_template_that_marks_no_turn_is_refused(text):
-    with pytest.raises(ModelError, match="marks no place where a user's turn begins"):
-        open_turn(template(text))
+    with pytest.raises(ModelError, match="does not mark where a user's turn begins"):
+        user_turn_affixes(template(text))
 
 
 def judged(text, finish="stop", before=(), end="<|im_end|>"):
     """Why a text is left out, or the prompt that is kept."""
-    judge = magpie._Judge(TOKENIZER, end, min_words=3)
+    judge = magpie._PromptFilter(TOKENIZER, end, min_words=3)
     for own, how in [*((each, "stop") for each in before), (text, finish)]:
-        judge.left_out.clear()
+        judge.rejected.clear()
         ids = TOKENIZER(own)["input_ids"] + [END_ID] * (how == "stop")
-        judge.take(Response("a", tuple(ids), "", how))
-    return next(iter(judge.left_out), None) or judge.kept[-1]
+        judge.add(Response("a", tuple(ids), "", how))
+    return next(iter(judge.rejected), None) or judge.prompts[-1]
 
 
 @pytest.mark.parametrize(
@@ -180,23 +184,38 @@ def judged(text, finish="stop", before=(), end="<|im_end|>"):
         ("", "empty"),
         (" \n", "empty"),
         ("Hello you", "too short"),
-        ("1 + 2 = 3?", "no text"),
-        ("How old \x07 is the sea?", "no text"),
-        ("How old � is the sea?", "no text"),
-        ("How old <|im_start|> is the sea?", "no text"),
-        ("so it goes " * 8, "repeated"),
+        ("1 + 2 = 3?", "not text"),
+        ("How old \x07 is the sea?", "not text"),
+        ("How old � is the sea?", "not text"),
+        ("How old <|im_start|> is the sea?", "not text"),
+        ("so it goes " * 8, "repetitive"),
     ],
 )
 def test_what_is_a_prompt(text, expected):
     assert judged(text) == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *ANSWERS.values(),
+        "\u3000橋はどこですか",
+        "چه می\u200cخواهید بدانید؟",
+        "Où est\xa0: la mer ?",
+        "👩\u200d👧 who are they?",
+    ],
+)
+def test_a_prompt_in_any_script_is_one(text):
+    # The tiny tokenizer knows no such letters: the text is judged as if it had been decoded.
+    assert magpie._PromptFilter(TOKENIZER, "<|im_end|>", min_words=3)._rejection(text, ended=True) is None
+
+
 def test_a_text_that_was_cut_is_none():
-    assert judged("How old is the sea", "length") == "cut"
+    assert judged("How old is the sea", "length") == "truncated"
 
 
 def test_a_text_that_came_before_is_none_whatever_its_case():
-    assert judged("how old is THE sea", before=["How old is the sea?"]) == "written before"
+    assert judged("how old is THE sea", before=["How old is the sea?"]) == "duplicate"
 
 
 def test_where_the_turns_end_is_no_token_the_text_is_cut_there():
@@ -231,6 +250,6 @@ def test_most_of_what_the_real_model_writes_are_prompts(monkeypatch, tmp_path, c
     with caplog.at_level(logging.INFO, "distillkit"):
         found = texts(MagpiePrompts(folder, 24, dtype="bfloat16"))
     assert sum(text.endswith("?") for text in found) > 12
-    said = re.match(r"MagpiePrompts: 24 of (\d+) texts", caplog.messages[0])
+    said = re.match(r"MagpiePrompts: accepted 24 of (\d+) texts", caplog.messages[0])
     assert said is not None
     assert int(said[1]) <= 32, "at least three in four are usable"

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from distillkit.generators import sampling as module
-from distillkit.generators.sampling import draw, draw_from, processed
+from distillkit.generators.sampling import sample_from, sample_tokens, sampling_log_probs
 from distillkit.types import Sampling
 
 SETTINGS = [
@@ -39,7 +39,7 @@ def some_logits(vocab, spread=2.0, seed=0):
 
 def frequencies(logits, sampling, uniform):
     """`[V]` shares of the tokens that the `[M]` uniform numbers give."""
-    tokens = draw(logits.expand(len(uniform), -1), sampling, uniform)
+    tokens = sample_tokens(logits.expand(len(uniform), -1), sampling, uniform)
     return np.bincount(tokens.numpy(), minlength=len(logits)) / len(uniform)
 
 
@@ -67,18 +67,18 @@ def test_random_numbers_give_the_distribution(sampling):
 def test_the_likeliest_token_is_kept_when_top_p_is_tiny(top_p):
     logits = torch.tensor([0.0, 1.0, 3.0, 1.0])  # the third has 0.74
     uniform = torch.tensor([0.0, 0.5, 0.999999])
-    assert draw(logits.expand(3, -1), Sampling(top_p=top_p, temperature=1.0), uniform).tolist() == [2, 2, 2]
+    assert sample_tokens(logits.expand(3, -1), Sampling(top_p=top_p, temperature=1.0), uniform).tolist() == [2, 2, 2]
 
 
 def test_a_set_that_reaches_top_p_exactly_is_not_widened():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    tokens = draw(logits.expand(8, -1), Sampling(temperature=1.0, top_p=0.75), torch.arange(8) / 8)
+    tokens = sample_tokens(logits.expand(8, -1), Sampling(temperature=1.0, top_p=0.75), torch.arange(8) / 8)
     assert set(tokens.tolist()) == {0, 1}
 
 
 def test_greedy_takes_the_largest_logit_whatever_the_number():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    assert draw(logits, Sampling(temperature=0.0), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
+    assert sample_tokens(logits, Sampling(temperature=0.0), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
 
 
 def test_top_p_is_a_share_of_what_top_k_leaves_in_a_large_vocabulary():
@@ -98,24 +98,24 @@ def test_looking_at_the_likeliest_first_equals_sorting_everything(top_p, monkeyp
     logits = (spreads * torch.randn(4, 3000, generator=generator)).repeat(16, 1)
     uniform = torch.rand(64, generator=generator)
     sampling = Sampling(temperature=1.0, top_p=top_p)
-    found = draw(logits, sampling, uniform)
-    monkeypatch.setattr(module, "_HEADS", ())
-    assert torch.equal(found, draw(logits, sampling, uniform))
+    found = sample_tokens(logits, sampling, uniform)
+    monkeypatch.setattr(module, "_TRIAL_SIZES", ())
+    assert torch.equal(found, sample_tokens(logits, sampling, uniform))
 
 
 def test_the_ends_of_the_numbers_give_tokens_that_have_weight():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, -1)
     ends = torch.tensor([0.0, 1.0])  # 1 is beyond what a generator gives, and stands for rounding
     for sampling in (Sampling(temperature=1.0, top_p=1.0), Sampling(temperature=1.0, top_p=0.9)):
-        assert set(draw(logits, sampling, ends).tolist()) == {1, 2}
+        assert set(sample_tokens(logits, sampling, ends).tolist()) == {1, 2}
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_a_row_does_not_depend_on_its_neighbours(sampling):
     logits = torch.stack([some_logits(2000, spread, seed) for seed, spread in enumerate((0.1, 1.0, 4.0, 8.0))])
     uniform = torch.tensor([0.1, 0.4, 0.7, 0.97])
-    alone = [draw(logits[row : row + 1], sampling, uniform[row : row + 1]) for row in range(4)]
-    assert torch.equal(draw(logits, sampling, uniform), torch.cat(alone))
+    alone = [sample_tokens(logits[row : row + 1], sampling, uniform[row : row + 1]) for row in range(4)]
+    assert torch.equal(sample_tokens(logits, sampling, uniform), torch.cat(alone))
 
 
 @pytest.mark.parametrize("sampling", [*SETTINGS, Sampling(temperature=0.0, top_p=0.3, top_k=2)], ids=str)
@@ -123,9 +123,9 @@ def test_the_processed_distribution_is_what_is_drawn_by(sampling):
     logits = torch.stack([some_logits(24), some_logits(24, spread=0.5, seed=1)])
     greedy = sampling.temperature == 0
     expected = [probabilities(row, Sampling(1.0, 1.0, 1) if greedy else sampling) for row in logits.tolist()]
-    np.testing.assert_allclose(processed(logits, sampling).exp(), expected, atol=1e-6)
+    np.testing.assert_allclose(sampling_log_probs(logits, sampling).exp(), expected, atol=1e-6)
 
 
 def test_tokens_are_drawn_from_given_log_probabilities():
     log_probs = torch.tensor([0.5, 0.0, 0.25, 0.25]).log().expand(8, -1)
-    assert draw_from(log_probs, torch.arange(8) / 8).tolist() == [0, 0, 0, 0, 2, 2, 3, 3]
+    assert sample_from(log_probs, torch.arange(8) / 8).tolist() == [0, 0, 0, 0, 2, 2, 3, 3]

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +13,11 @@ from typing import Any
 import pytest
 
 from distillkit.cli.main import main
-from distillkit.cli.store_rows import stored_rows
-from distillkit.store import ResponseStore
-from loopback import Reply, chat, echo, serving
-from served import KEY
-from tiny_runs import QUIET, save_models, write_config, write_prompts
+from distillkit.storage.responses import ResponseStore
+from distillkit.storage.rows import stored_rows
+from helpers.runs import QUIET, save_models, write_config, write_prompts
+from helpers.served import KEY
+from helpers.servers import Reply, chat, echo, serving
 
 PROMPTS = 6
 
@@ -46,15 +49,20 @@ def write(models: tuple[str, str], tmp_path: Path) -> Callable[..., str]:
 
     def config(own: dict[str, Any], curator: str = "StrongerCurator", **model: Any) -> str:
         settings = {
-            "trainer": QUIET | {
-                "default_root_dir": str(tmp_path / "run"), "max_epochs": 1, "callbacks": [part("RunCheckpoint")],
+            "trainer": QUIET
+            | {
+                "default_root_dir": str(tmp_path / "run"),
+                "max_epochs": 1,
+                "callbacks": [part("RunCheckpoint")],
             },
             "model": {
-                "student": {"source": models[1], "lora": {"r": 2}}, "loss": part("CrossEntropy"),
+                "student": {"source": models[1], "lora": {"r": 2}},
+                "loss": part("CrossEntropy"),
                 "curator": part(curator, generator=own, sampling={"max_new_tokens": 24}),
-            } | model,
+            }
+            | model,
             "data": {"train": train, "batch_size": 2},
-        }  # fmt: skip
+        }
         return write_config(tmp_path / "run.yaml", settings)
 
     return config
@@ -91,8 +99,8 @@ def test_a_run_that_had_to_give_up_goes_on_and_asks_nothing_twice(
     with serving(give_way) as broken:
         assert main(["fit", "--config", write(server(broken.url))]) == 1
     line = last_line(capfd)
-    assert line.startswith(f"distillkit fit: error: {broken.url}/chat/completions: given up after 2 tries in 0 s")
-    assert "status 503: overloaded. The 4 of 6 answers that had come are kept" in line
+    assert line.startswith(f"distillkit fit: error: {broken.url}/chat/completions: failed after 2 tries in 0 s")
+    assert "status 503: overloaded. 4 of 6 responses were received and saved." in line
     assert len(stored(tmp_path / "run")) == 4
 
     with serving() as good:  # at another address
@@ -105,7 +113,30 @@ def test_a_run_that_had_to_give_up_goes_on_and_asks_nothing_twice(
 
     with serving() as third:  # what is stored needs no server
         assert main(["curate", "--config", write(server(third.url))]) == 0
-    assert third.asked == third.listed == []
+    assert third.requests == third.listed == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # connections that were cut
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_signal_within_a_call_of_the_server_keeps_what_it_has_answered(
+    concurrency: int, write: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def stop(request: Any) -> Reply:
+        if request.number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return echo(request) if request.number < 4 else Reply(hang=True)
+
+    with serving(stop) as broken:
+        start = time.monotonic()
+        assert main(["fit", "--config", write(server(broken.url, concurrency=concurrency))]) == 143
+        assert time.monotonic() - start < 15, "the server hangs for 30 s"
+    assert last_line(capfd).startswith("distillkit fit: stopped by SIGTERM. Go on with the same command")
+    kept = stored(tmp_path / "run")
+    assert len(kept) == 4 if concurrency == 1 else len(kept) >= 2
+    with serving() as good:
+        assert main(["curate", "--config", write(server(good.url))]) == 0
+    assert len(good.requests) == PROMPTS - len(kept)
+    assert len(stored(tmp_path / "run")) == PROMPTS
 
 
 def test_answers_that_are_not_to_be_trained_on_do_not_stop_a_run(
@@ -115,7 +146,7 @@ def test_answers_that_are_not_to_be_trained_on_do_not_stop_a_run(
     with serving(lambda request: replies[request.number % 4]) as some:
         assert main(["fit", "--config", write(server(some.url))]) == 0
     assert sorted(stored(tmp_path / "run").values()) == ["", "", "", "", "", "It is so"]
-    assert "5 of 6 answers of the server are empty" in " ".join(capfd.readouterr().out.split())
+    assert "5 of 6 responses of the server are empty" in " ".join(capfd.readouterr().out.split())
 
 
 def test_a_server_can_be_the_teacher_of_a_run_that_has_none_in_this_process(
@@ -124,7 +155,7 @@ def test_a_server_can_be_the_teacher_of_a_run_that_has_none_in_this_process(
     with serving() as teacher:
         assert main(["fit", "--config", write(server(teacher.url), "TeacherCurator")]) == 0
     assert {shard["writer"] for shard in ResponseStore(tmp_path / "run" / "responses").shards()} == {"teacher"}
-    assert len(teacher.asked) == PROMPTS
+    assert len(teacher.requests) == PROMPTS
 
 
 def test_a_server_can_not_write_for_the_runs_own_models(
@@ -132,7 +163,7 @@ def test_a_server_can_not_write_for_the_runs_own_models(
 ) -> None:
     own = server("http://127.0.0.1:1/v1")
     assert main(["curate", "--config", write(own, generator=own)]) == 1
-    assert "a ServerGenerator writes with a model of its own: set it as the generator of a curator" in last_line(capfd)
+    assert "a ServerGenerator generates with a model outside the run: set it as" in last_line(capfd)
 
 
 @pytest.mark.parametrize("kind", ["FileGenerator", "LocalGenerator"])
@@ -156,15 +187,15 @@ def test_the_key_is_in_nothing_that_a_run_leaves_behind_or_says(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("STRONG_KEY", KEY)
+    monkeypatch.setenv("STRONG_API_KEY", KEY)
     said = f"you sent {KEY}".encode()
     with serving(lambda request: echo(request) if status == 200 else Reply(said, status)) as strict:
         for verb in ("curate", "fit"):
-            done = main([verb, "--config", write(server(strict.url, key_variable="STRONG_KEY"))])
+            done = main([verb, "--config", write(server(strict.url, key_variable="STRONG_API_KEY"))])
             assert done == int(status != 200)
-    assert strict.asked[0].headers["authorization"] == f"Bearer {KEY}"
+    assert strict.requests[0].headers["authorization"] == f"Bearer {KEY}"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert "STRONG_KEY" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "STRONG_API_KEY" in (tmp_path / "run" / "config.yaml").read_text()
     if status == 200:
         assert {path.suffix for path in files} >= {".yaml", ".arrow", ".json", ".ckpt", ".csv"}
     for path in files:

@@ -1,5 +1,7 @@
 """V vocabulary, N response positions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from distillkit.interfaces import Schedule
 from distillkit.losses import DistiLLM2
 from distillkit.schedules import AdaptiveAlpha, Constant
 from distillkit.testing import make_batch
-from distillkit.types import Progress, Scores, Summary
+from distillkit.types import Progress, Scores, Slicing, Summary
 
 V = 4
 
@@ -145,6 +147,11 @@ def released(student, teacher, batch):
     return (2 - b) * sum(terms["teacher"]) / len(terms["teacher"]) + b * sum(terms["student"]) / len(terms["student"])
 
 
+def sliced(scores, max_positions):
+    """The same scores, for a loss in slices of so many positions."""
+    return replace(scores, slicing=Slicing(max_positions=max_positions))
+
+
 def random_models(batch):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(batch.num_tokens, 9, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -180,8 +187,7 @@ def test_token_mean_weighs_positions_alike():
 
 
 @pytest.mark.parametrize("positions", [1, 3, 1000])
-def test_alpha_carries_no_gradient(positions, monkeypatch):
-    monkeypatch.setattr("distillkit.losses.slicing.Sliced.positions", positions)
+def test_alpha_carries_no_gradient(positions):
     batch = make_batch((3, 2, 1, 3), ("teacher", "student") * 2, (0, 0, 1, 1), 9)
     student, teacher = random_models(batch)
     gap = torch.tensor(0.02)
@@ -189,7 +195,7 @@ def test_alpha_carries_no_gradient(positions, monkeypatch):
     loss.update(
         Progress(1, 2), {f"gap_{side}": Summary(gap, gap, gap, torch.tensor(2.0)) for side in ("teacher", "student")}
     )
-    output = loss(Scores.from_logits(student), Scores.from_logits(teacher), batch)
+    output = loss(sliced(Scores.from_logits(student), positions), Scores.from_logits(teacher), batch)
     (grad,) = torch.autograd.grad(output.total.sum(), student)
 
     # The same with the skews as plain numbers, from probabilities.
@@ -224,12 +230,11 @@ class Recorder(Schedule):
 
 
 @pytest.mark.parametrize("positions", [1, 1000])
-def test_the_gap_that_a_schedule_sees_has_no_graph(positions, monkeypatch):
-    monkeypatch.setattr("distillkit.losses.slicing.Sliced.positions", positions)
+def test_the_gap_that_a_schedule_sees_has_no_graph(positions):
     batch = make_batch((2, 2), ("teacher", "student"), (0, 0), V)
     loss = DistiLLM2(alpha=Recorder())
     models = scores(batch, [0.5] * 4), scores(batch, [0.25] * 4)
-    loss(Scores.from_logits(models[0].hidden.requires_grad_()), models[1], batch)
+    loss(sliced(Scores.from_logits(models[0].hidden.requires_grad_()), positions), models[1], batch)
     gaps = loss.alpha_teacher.gaps + loss.alpha_student.gaps
     assert gaps
     assert not any(gap.requires_grad for gap in gaps)

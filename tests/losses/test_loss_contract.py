@@ -21,7 +21,7 @@ from distillkit.testing import LossContract, TokenLossContract, check_loss
 
 # How to make a loss whose constructor asks for something.
 ARGUMENTS = {"WeightedSum": {"losses": [ForwardKL(), CrossEntropy(), DPKD()], "weights": [0.5, 0.25, 2.0]}}
-INSTALLED = registry.available("loss")
+INSTALLED = [entry.name for entry in registry.entries("loss") if entry.distribution == "distillkit"]
 
 VARIANTS = [
     ForwardKL(reduction="token_mean", temperature=2.0, rescale=True),
@@ -57,7 +57,7 @@ def test_all_built_in_losses_are_installed():
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_every_installed_loss_keeps_the_contract(name):
+def test_every_built_in_loss_keeps_the_contract(name):
     check_loss(registry.get("loss", name)(**ARGUMENTS.get(name, {})))
 
 
@@ -69,7 +69,7 @@ def test_other_settings_keep_the_contract(loss):
 @pytest.mark.parametrize("loss", [SkewReverseKL(detach_mixture=True), DistiLLM2(detach_mixture=True)])
 def test_a_stopped_gradient_breaks_one_promise_and_no_other(loss):
     check_loss(loss, exact_gradient=False)
-    with pytest.raises(AssertionError, match="the gradient must be that of the value"):
+    with pytest.raises(AssertionError, match="the gradient must match the value"):
         check_loss(loss)
 
 

@@ -78,3 +78,10 @@ def test_refuses_anything_but_one_weight_for_each_loss(losses, weights):
     message = rf"needs one weight for each loss, got {len(losses)} losses and {len(weights)} weights"
     with pytest.raises(ConfigError, match=message):
         WeightedSum(losses, weights)
+
+
+def test_the_schedules_of_a_part_are_named_as_its_metrics_are(models):
+    loss = WeightedSum([TotalVariation(), DistiLLM2()], [1.0, 3.0])
+    assert set(loss.schedules()) == {f"1_DistiLLM2/{name}" for name in ("alpha_teacher", "alpha_student", "beta")}
+    assert set(loss.schedules()) <= loss(*models, BATCH).metrics.keys()
+    assert loss.schedules()["1_DistiLLM2/beta"] is loss.losses[1].beta

@@ -4,6 +4,7 @@ Letters: N response positions, D hidden width, V vocabulary, K kept tokens of a 
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from distillkit import divergences, registry
-from distillkit.heads import OutputHead
-from distillkit.losses import ForwardKL, budget, slicing
-from distillkit.losses.likelihood import target_log_probs
-from distillkit.types import Scores
-from one_piece import (
+from distillkit.chunked import memory as budget
+from distillkit.chunked.likelihood import target_log_probs
+from distillkit.chunked.output_head import OutputHead
+from distillkit.losses import ForwardKL
+from distillkit.types import Scores, Slicing
+from helpers.one_piece import (
     BATCH,
     INSTALLED,
     LOSSES,
@@ -47,7 +49,7 @@ def slice_of(monkeypatch):
     """Sets how many positions a slice holds."""
 
     def set_to(num_positions):
-        monkeypatch.setattr(slicing.Sliced, "positions", num_positions)
+        monkeypatch.setattr(Model, "max_positions", num_positions)
 
     return set_to
 
@@ -113,7 +115,7 @@ def test_in_float32_value_and_gradients_are_close_to_those_of_one_piece_in_float
 
 
 @every_loss
-def test_in_bfloat16_value_and_gradients_are_those_of_one_piece_to_two_digits(loss, slice_of):
+def test_in_bfloat16_value_and_gradients_are_those_of_one_piece_to_two_digits(loss):
     # States and weights are bfloat16, the reference is float64 on the same numbers. The head's products round to 8
     # bits, 2e-3 of a logit of up to 4, and gradients once more. Measured: at most 7e-3 of a tensor's largest entry.
     head = Model(STUDENT, tied=False, bias=True, softcap=4.0).head.bfloat16()
@@ -125,8 +127,7 @@ def test_in_bfloat16_value_and_gradients_are_those_of_one_piece_to_two_digits(lo
     whole = Whole(BATCH, logits, teacher.logits(BATCH).detach())
     expected = value_and_gradients(whole.of(loss), [leaf, *wide.parameters()])
     for size in SIZES:
-        slice_of(size)
-        scores = Scores(hidden, OutputHead(head, V, softcap=4.0), V)
+        scores = Scores(hidden, OutputHead(head, V, softcap=4.0), V, slicing=Slicing(max_positions=size))
         total = loss(scores, teacher.float().scores(BATCH) if loss.needs_teacher else None, BATCH).total
         found = value_and_gradients(total, [hidden, *head.parameters()])
         assert {own.dtype for own in found[1:]} == {torch.bfloat16}
@@ -153,9 +154,9 @@ AT_ONE = {
 @pytest.mark.parametrize("settings", [MODELS["tied"], MODELS["wide"]], ids=["tied", "wide"])
 def test_a_teacher_that_kept_its_likeliest_tokens_gives_what_gathered_columns_give(loss, settings, slice_of):
     loss, student, teacher = copied(loss), Model(STUDENT, **settings), Model(TEACHER, **settings)
-    kept, support = kept_by(teacher, BATCH)
-    assert not (support == BATCH.targets[:, None]).any(-1).all()
-    whole = Whole(BATCH, student.logits(BATCH), teacher.logits(BATCH).detach(), support)
+    kept, top_k_ids = kept_by(teacher, BATCH)
+    assert not (top_k_ids == BATCH.targets[:, None]).any(-1).all()
+    whole = Whole(BATCH, student.logits(BATCH), teacher.logits(BATCH).detach(), top_k_ids)
     expected = value_and_gradients(whole.of(loss), list(student.parameters()))
     for size in SIZES:
         slice_of(size)
@@ -218,28 +219,27 @@ class Deep(nn.Module):
 
 
 @every_loss
-def test_a_head_that_is_no_linear_layer_gives_what_one_piece_gives(loss, slice_of):
+def test_a_head_that_is_no_linear_layer_gives_what_one_piece_gives(loss):
     loss, deep, teacher = copied(loss), Deep().double(), Model(TEACHER)
     hidden = Model(STUDENT).hidden(BATCH).detach().requires_grad_()
     trained = [hidden, *deep.parameters()]
     logits = 2 * torch.tanh(0.5 * deep(hidden)[:, :V] / 2)
     expected = value_and_gradients(Whole(BATCH, logits, teacher.logits(BATCH).detach()).of(loss), trained)
     for size in SIZES:
-        slice_of(size)
-        scores = Scores(hidden, OutputHead(deep, V, scale=0.5, softcap=2.0), V)
+        scores = Scores(hidden, OutputHead(deep, V, scale=0.5, softcap=2.0), V, slicing=Slicing(max_positions=size))
         total = loss(scores, teacher.scores(BATCH), BATCH).total
         assert_same(value_and_gradients(total, trained), expected, 1e-12)
 
 
 @every_loss
-def test_logits_as_they_are_give_what_one_piece_gives(loss, slice_of):
+def test_logits_as_they_are_give_what_one_piece_gives(loss):
     loss, teacher = copied(loss), Model(TEACHER)
     logits = Model(STUDENT).logits(BATCH).detach().requires_grad_()
     whole = Whole(BATCH, logits, teacher.logits(BATCH).detach())
     expected = value_and_gradients(whole.of(loss), [logits])
     for size in SIZES:
-        slice_of(size)
-        total = loss(Scores.from_logits(logits), teacher.scores(BATCH), BATCH).total
+        scores = replace(Scores.from_logits(logits), slicing=Slicing(max_positions=size))
+        total = loss(scores, teacher.scores(BATCH), BATCH).total
         assert_same(value_and_gradients(total, [logits]), expected, 1e-12)
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from distillkit.models.copies import frozen_copy
 from distillkit.models.fingerprint import fingerprint
-from tiny import tiny_model
+from distillkit.testing.families import tiny_family
+from helpers.models import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -68,3 +69,18 @@ def test_an_adapter_is_copied_with_its_model() -> None:
     moved(model)
     frozen_copy(model, CPU, held)
     assert torch.equal(held(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_model_that_keeps_a_state_of_its_last_training_pass_is_copied() -> None:
+    model = trained(tiny_family("recurrent_gemma"))
+    held, states = frozen_copy(model, CPU), [module.recurrent_states for module in recurrent(model)]
+    assert states
+    assert all(state.grad_fn is not None for state in states)
+    assert all(
+        torch.equal(module.recurrent_states, state) for module, state in zip(recurrent(held), states, strict=True)
+    )
+    assert all(not module.recurrent_states.requires_grad for module in recurrent(held))
+
+
+def recurrent(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "recurrent_states", None) is not None]

@@ -6,7 +6,7 @@ from torch import nn
 
 from distillkit.models.fingerprint import fingerprint
 from distillkit.models.loading import load_model
-from tiny import tiny_model
+from helpers.models import tiny_model
 
 
 def test_is_16_hex_digits_and_repeatable():

@@ -6,9 +6,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from distillkit.errors import ModelError
-from distillkit.models.loading import load_model, merge_lora
-from tiny import save_tiny, tiny_model
+from distillkit.errors import ConfigError, ModelError
+from distillkit.generators.local import LocalGenerator
+from distillkit.models.loading import compile_layers, load_model
+from distillkit.models.merging import merge_lora
+from distillkit.models.structure import decoder_layers
+from distillkit.models.student import Student
+from distillkit.teachers.transformers import TransformersTeacher
+from distillkit.testing.families import tiny_family
+from helpers.models import save_tiny, tiny_model
 
 TOKENS = torch.arange(2, 14).reshape(2, 6)
 
@@ -45,6 +51,17 @@ def test_the_attention_kernel_is_the_named_one(folder):
 def test_an_unknown_attention_kernel_is_refused(folder):
     with pytest.raises(ModelError, match=r"model: the model can't be loaded.*no-such-kernel"):
         load_model(str(folder), "float32", "no-such-kernel")
+
+
+def test_further_arguments_reach_transformers_and_those_with_a_setting_of_their_own_are_refused(folder):
+    model = load_model(str(folder), "float32", model_kwargs={"rms_norm_eps": 0.5})
+    assert model.config.rms_norm_eps == 0.5
+    for part in (Student, TransformersTeacher, LocalGenerator):
+        assert part(str(folder), model_kwargs={"rms_norm_eps": 0.5}).model_kwargs == {"rms_norm_eps": 0.5}
+        with pytest.raises(ConfigError, match=rf"{part.__name__}\.model_kwargs can't set revision"):
+            part(str(folder), model_kwargs={"revision": "v1"})
+    for part in (TransformersTeacher, LocalGenerator):
+        assert part(str(folder), model_kwargs={"rms_norm_eps": 0.5}).identity() != part(str(folder)).identity()
 
 
 def test_nothing_is_printed_and_the_settings_of_transformers_stay(folder, capfd):
@@ -120,3 +137,28 @@ def test_training_in_place_does_not_touch_the_file(folder):
         for parameter in model.parameters():
             parameter.add_(1.0)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_tensor_that_is_not_finite_is_named(folder, value):
+    def edit(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+    edit_weights(folder, edit)
+    message = r"model: its tensor model\.layers\.1\.mlp\.up_proj\.weight has entries that are NaN or infinite"
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder), "float32")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "mamba", "opt"])
+def test_layers_of_any_name_are_compiled(name):
+    model = tiny_family(name)
+    compile_layers(model, True)
+    layers = getattr(*decoder_layers(model))
+    assert len(layers) == 4
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+
+
+def test_a_model_without_one_list_of_layers_is_not_compiled():
+    with pytest.raises(ModelError, match="HrmTextForCausalLM has no list of decoder layers to compile"):
+        compile_layers(tiny_family("hrm_text"), True)

@@ -11,8 +11,8 @@ from distillkit.data.collate import collate
 from distillkit.models import packing
 from distillkit.models.scoring import packs
 from distillkit.types import Row
-from tiny import tiny_model
-from tiny_lines import END_TO_END, FILLED, SHARED, VOCAB, dense
+from helpers.batches import END_TO_END, FILLED, SHARED, VOCAB, dense
+from helpers.models import tiny_model
 
 LONG = [
     Row(ids, (False, *[True] * (len(ids) - 1)), "teacher", name)
@@ -85,7 +85,7 @@ def by_dense_matrix(query, key, value, seen, scaling=None, softcap=None):
 def test_attention_over_a_line_is_that_of_one_matrix(line, window, scaling, softcap, key_heads):
     query, key, value = qkv(line.input_ids.shape[1], key_heads=key_heads)
     options = {"scaling": scaling, "sliding_window": window, "softcap": softcap}
-    found, weights = packing.attention(nn.Identity(), query, key, value, None, line=line, **options)
+    found, weights = packing.attention(nn.Identity(), query, key, value, None, packed=line, **options)
     expected = by_dense_matrix(query, key, value, dense(line, window), scaling, softcap)
     assert weights is None
     # The weights of capped scores are a softmax in float32, as transformers takes it.
@@ -101,7 +101,7 @@ def test_flex_attention_with_the_mask_gives_what_the_segments_give(line, window)
     mask = packing.block_mask(replace(line, masks={}), window)
     by_flex = flex_attention(query, key, value, block_mask=mask, scale=0.4, enable_gqa=True)
     options = {"scaling": 0.4, "sliding_window": window}
-    found, _ = packing.attention(nn.Identity(), query, key, value, None, line=line, **options)
+    found, _ = packing.attention(nn.Identity(), query, key, value, None, packed=line, **options)
     torch.testing.assert_close(found, by_flex.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 

@@ -14,10 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     JambaConfig,
     JambaForCausalLM,
     LlamaConfig,
@@ -30,45 +26,15 @@ from transformers import (
     masking_utils,
 )
 
-from distillkit.generators.in_process import TransformersGenerator
+from distillkit.generators.transformers import TransformersGenerator
 from distillkit.losses import DistiLLM2, ForwardKL
 from distillkit.models import packing
 from distillkit.models.scoring import packs, score
 from distillkit.types import Prompt, Prompts, Sampling, Scores
-from tiny import tiny_model, tiny_tokenizer
-from tiny_lines import BATCHES, SHARED, VOCAB, tokens
+from helpers.batches import BATCHES, SHARED, VOCAB, tokens
+from helpers.families import MODELS, made
+from helpers.models import tiny_model, tiny_tokenizer
 
-SETTINGS = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.2,
-}  # fmt: skip
-
-
-def made(model_class, config_class, **config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model_class(config_class(**SETTINGS | config)).eval()
-
-
-MODELS = {
-    "llama, grouped": lambda: made(LlamaForCausalLM, LlamaConfig),
-    "llama, one key for all": lambda: made(LlamaForCausalLM, LlamaConfig, num_key_value_heads=1),
-    "llama, a key for each": lambda: made(LlamaForCausalLM, LlamaConfig, num_key_value_heads=4),
-    "qwen2, window in every layer": lambda: made(
-        Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=4, max_window_layers=0
-    ),
-    "qwen2, window in the second layer": lambda: made(
-        Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=3, max_window_layers=1
-    ),
-    "gemma2 without a cap on scores": lambda: made(
-        Gemma2ForCausalLM, Gemma2Config, head_dim=8, sliding_window=4, attn_logit_softcapping=None
-    ),
-    "gemma3": lambda: made(
-        Gemma3ForCausalLM, Gemma3TextConfig, head_dim=8, sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
-    "gpt2": lambda: made(GPT2LMHeadModel, GPT2Config, n_layer=2, n_head=4, n_embd=32, n_positions=64),
-}  # fmt: skip
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 every_batch = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 
@@ -182,7 +148,7 @@ def test_layers_are_called_again_in_the_backward_pass_where_checkpoints_are_want
     packs(model)
     calls = []
     model.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(kwargs["line"]), with_kwargs=True
+        lambda _, args, kwargs: calls.append(kwargs["packed"]), with_kwargs=True
     )
     score(model, SHARED, VOCAB).hidden.sum().backward()
     assert len(calls) == 2
@@ -248,14 +214,14 @@ def test_a_cap_on_scores_is_kept_as_the_models_eager_attention_keeps_it(cap):
 def assert_is_given_padded_rows(model, batch, caplog):
     own = model.config.get_text_config()._attn_implementation
     shapes = lengths_seen(model)
-    with caplog.at_level(logging.INFO, logger="distillkit.models.scoring"), torch.no_grad():
+    with caplog.at_level(logging.INFO, logger="distillkit.models.capabilities"), torch.no_grad():
         found = score(model, batch, VOCAB).hidden
         assert shapes[-1] == tuple(batch.input_ids.shape)
         assert_same([found], [score(model, padded(batch), VOCAB).hidden], 1e-6)
         score(model, batch, VOCAB)
     assert not packs(model)
     assert model.config.get_text_config()._attn_implementation == own
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "distillkit.models.scoring"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "distillkit.models.capabilities"]
     return said  # once, not at each batch
 
 
@@ -263,13 +229,13 @@ def test_eager_attention_is_given_padded_rows(caplog):
     model = made(LlamaForCausalLM, LlamaConfig, attn_implementation="eager")
     said = assert_is_given_padded_rows(model, SHARED, caplog)
     assert said == (
-        "LlamaForCausalLM is given padded rows: its attention is eager, and only sdpa can be told who sees whom"
+        "LlamaForCausalLM runs on padded rows: its attention implementation is eager; only sdpa supports packed rows"
     )
 
 
 def test_a_model_without_attention_is_given_padded_rows(caplog):
     model = made(MambaForCausalLM, MambaConfig, state_size=4)
-    assert "MambaForCausalLM is given padded rows: its attention is" in assert_is_given_padded_rows(
+    assert "MambaForCausalLM runs on padded rows: its attention implementation is" in assert_is_given_padded_rows(
         model, SHARED, caplog
     )
 
@@ -279,22 +245,33 @@ def test_a_model_whose_state_runs_over_the_line_is_given_padded_rows(caplog):
     model = made(JambaForCausalLM, JambaConfig, **config)
     assert model.config._attn_implementation == "sdpa"
     said = assert_is_given_padded_rows(model, SHARED, caplog)
-    assert "JambaForCausalLM is given padded rows: packed ones change its hidden states by 0." in said
+    assert said == (
+        "JambaForCausalLM runs on padded rows: some of its layers carry a state from each token to the next"
+    )
 
 
 class Narrow(LlamaModel):
     """Takes no argument that it does not know."""
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
-        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        inputs_embeds=None,
+    ):
+        inputs = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        return super().forward(input_ids, attention_mask, position_ids, **inputs)
 
 
 def test_a_model_that_refuses_the_line_is_given_padded_rows(caplog):
     model = made(LlamaForCausalLM, LlamaConfig)
     model.model.__class__ = Narrow
     said = assert_is_given_padded_rows(model, SHARED, caplog)
-    assert "LlamaForCausalLM is given padded rows: packed ones fail with TypeError" in said
-    assert "line" in said
+    assert "LlamaForCausalLM runs on padded rows: a test with packed rows fails with TypeError" in said
+    assert "'packed'" in said
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -349,12 +326,17 @@ PROMPTS = Prompts(
     [
         lambda: tiny_model(len(TOKENIZER)),
         lambda: made(
-            Gemma2ForCausalLM, Gemma2Config, vocab_size=len(TOKENIZER), head_dim=8, sliding_window=4,
-            tie_word_embeddings=False, attn_logit_softcapping=5.0,
+            Gemma2ForCausalLM,
+            Gemma2Config,
+            vocab_size=len(TOKENIZER),
+            head_dim=8,
+            sliding_window=4,
+            tie_word_embeddings=False,
+            attn_logit_softcapping=5.0,
         ),
     ],
     ids=["llama", "gemma2"],
-)  # fmt: skip
+)
 def test_the_same_text_is_generated_before_and_after(make, sampling):
     model = make()
     generator = TransformersGenerator(batch_size=2, progress=False)
@@ -378,8 +360,9 @@ def test_no_mask_of_the_whole_line_is_made(monkeypatch):
     # Its size would be the square of the batch's.
     model = MODELS["gemma3"]()
     assert packs(model)
-    made_of, make = [], masking_utils.sdpa_mask
-    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: made_of.append(1) or make(*args, **kwargs))
+    made_of, masks = [], masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    make = masks[packing.NAME]
+    monkeypatch.setitem(masks, packing.NAME, lambda *args, **kwargs: made_of.append(1) or make(*args, **kwargs))
     with torch.no_grad():
         score(model, SHARED, VOCAB)
         assert made_of == []

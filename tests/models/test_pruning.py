@@ -3,6 +3,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Qwen2Config,
@@ -13,7 +15,9 @@ from transformers import (
 
 from distillkit.errors import ModelError
 from distillkit.models.pruning import keep_layers
-from tiny import tiny_model
+from distillkit.testing.families import tiny_family
+from distillkit.testing.family_checks import check_export, check_pruning
+from helpers.models import tiny_model
 
 SMALL = {
     "vocab_size": 64,
@@ -88,8 +92,12 @@ def test_positions_and_per_layer_settings_follow(model):
 
 def test_a_saved_pruned_model_comes_back_the_same(model, tmp_path):
     keep_layers(model, [0, 3])
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_comes_back(model, tmp_path)
+
+
+def assert_comes_back(model, folder):
+    model.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -106,12 +114,38 @@ def test_layers_that_the_model_lacks_are_refused(layers):
         keep_layers(llama(), layers)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "falcon_h1", "llama4_text"])
+def test_layers_by_any_name_are_dropped_and_the_rest_is_trained_and_saved_like_any_model(name, tmp_path):
+    check_export(tiny_family(name), str(tmp_path))
+    check_pruning(str(tmp_path))
+
+
+def test_an_architecture_that_can_not_have_fewer_layers_is_refused_in_one_line():
+    with pytest.raises(ModelError, match=r"^Student\.keep_layers can't be used with Gemma3nForCausalLM") as caught:
+        keep_layers(tiny_family("gemma3n_text"), [0, 2, 3])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_without_a_list_of_layers_is_refused():
     with pytest.raises(ModelError, match=r"Student\.keep_layers .* Linear has none"):
         keep_layers(nn.Linear(2, 2), [0])
 
 
-def test_a_model_whose_layers_depend_on_their_place_is_refused():
+def test_a_model_whose_layers_compute_by_their_index_is_refused_though_all_shapes_agree():
+    config = DiffLlamaConfig(**SMALL | {"num_key_value_heads": 2}, num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"depend on their index .*\(model\.layers\.1\.self_attn\.lambda_init\)"):
+        keep_layers(DiffLlamaForCausalLM(config), [0, 3])
+    keep_layers(DiffLlamaForCausalLM(config), [0, 1])  # each keeps its index
+
+
+def test_a_setting_that_short_rows_do_not_show_is_compared_too():
+    model = gemma()
+    model.model.layers[1].self_attn.sliding_window = 5000
+    with pytest.raises(ModelError, match="depend on their index"):
+        keep_layers(model, [1, 2])
+
+
+def test_indices_of_layers_in_the_config_follow(tmp_path):
     config = Qwen2MoeConfig(
         **SMALL,
         num_hidden_layers=3,
@@ -121,5 +155,7 @@ def test_a_model_whose_layers_depend_on_their_place_is_refused():
         moe_intermediate_size=8,
         shared_expert_intermediate_size=8,
     )
-    with pytest.raises(ModelError, match="depend on their place"):
-        keep_layers(Qwen2MoeForCausalLM(config), [1, 2])
+    model = Qwen2MoeForCausalLM(config).eval()
+    keep_layers(model, [1, 2])
+    assert model.config.mlp_only_layers == [0]
+    assert_comes_back(model, tmp_path)

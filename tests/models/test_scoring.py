@@ -14,15 +14,24 @@ from transformers import (
 
 from distillkit.data.collate import collate
 from distillkit.errors import ModelError
-from distillkit.models.scoring import check_head, logits_width, output_head, score
+from distillkit.models.heads import check_head, logits_width, output_head
+from distillkit.models.scoring import score
 from distillkit.types import Row
-from tiny import tiny_model
+from helpers.models import tiny_model
 
 VOCAB = 90
 SETTINGS = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
 
 
 def made(model_class, config_class, **config):
@@ -166,7 +175,7 @@ def test_logits_that_are_not_the_heads_are_refused():
     model = llama()
     model.__class__ = Scaled
     with pytest.raises(
-        ModelError, match=r"teacher y: Scaled computes its logits in a way that distillkit does not know"
+        ModelError, match=r"teacher y: the logits of Scaled are not its output head applied to its last hidden states"
     ):
         check_head(model, "teacher y")
 

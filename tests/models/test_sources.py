@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distillkit.errors import ModelError
-from distillkit.fetch import cache_dir
-from distillkit.models import sources
+from distillkit.models import content, sources
 from distillkit.models.sources import check, identity, prepare
-from tiny import save_tiny, tiny_model
+from distillkit.remote.wheels import cache_dir
+from helpers.models import save_tiny, tiny_model
 
 PIN = "0" * 64
 
@@ -36,7 +36,7 @@ def fake_conversion(monkeypatch):
         calls.append(source)
         save_tiny(folder)
 
-    monkeypatch.setattr(sources, "_write", write)
+    monkeypatch.setattr(sources, "_write_gguf", write)
     return calls
 
 
@@ -96,7 +96,7 @@ def test_a_malformed_wheel_is_a_model_error():
 
 
 def test_another_file_in_a_wheel_is_refused():
-    with pytest.raises(ModelError, match=r"only a \.gguf file"):
+    with pytest.raises(ModelError, match=r"must be a \.gguf file"):
         check(f"wheel:name==1.0/data/model.bin#sha256={PIN}")
 
 
@@ -129,7 +129,7 @@ def test_a_failed_conversion_leaves_nothing(gguf, monkeypatch):
         folder.mkdir()
         raise ModelError("it broke")
 
-    monkeypatch.setattr(sources, "_write", fail)
+    monkeypatch.setattr(sources, "_write_gguf", fail)
     with pytest.raises(ModelError, match="it broke"):
         prepare(str(gguf))
     assert [p for p in (cache_dir() / "models").iterdir() if p.suffix != ".lock"] == []
@@ -166,18 +166,40 @@ def test_a_prepared_folder_loads_as_the_model(gguf, monkeypatch):
 def test_the_identity_of_a_folder_follows_its_weights_and_not_its_tokenizer(tmp_path):
     folder = save_tiny(tmp_path / "model")
     first = identity(str(folder))
-    assert identity(str(folder)) == first
-    assert str(folder) in first
+    assert identity(str(save_tiny(tmp_path / "copy"))) == first, "the folder's name and times are not content"
     (folder / "tokenizer_config.json").write_text("{}")
     assert identity(str(folder)) == first
-    for name in ("config.json", "model.safetensors"):
-        stat = (folder / name).stat()
-        os.utime(folder / name, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    for name, change in (("config.json", b" "), ("model.safetensors", b"\0"), ("modeling.py", b"x = 1")):
+        with (folder / name).open("ab") as file:
+            file.write(change)
         assert identity(str(folder)) != first
         first = identity(str(folder))
-    assert identity(str(save_tiny(tmp_path / "copy"))) != first
     (folder / "model.safetensors").unlink()
     assert identity(str(folder)) is None
+
+
+@pytest.mark.parametrize("large", [2**24, 1], ids=["read each time", "remembered"])
+def test_weights_that_are_replaced_by_others_of_equal_size_and_time_are_others(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "LARGE", large)
+    folder = save_tiny(tmp_path / "model")
+    first, weights = identity(str(folder)), folder / "model.safetensors"
+    data, status = bytearray(weights.read_bytes()), weights.stat()
+    data[-1] ^= 1
+    for replace in (lambda: weights.write_bytes(data), lambda: os.replace(tmp_path / "other", weights)):
+        (tmp_path / "other").write_bytes(data)
+        replace()
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert weights.stat().st_size == status.st_size
+        assert identity(str(folder)) != first
+        data[-1] ^= 2
+
+
+def test_a_large_file_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "LARGE", 1)
+    folder = save_tiny(tmp_path / "model")
+    first = identity(str(folder))
+    monkeypatch.setattr(content, "_read", None)
+    assert identity(str(folder)) == first
 
 
 def test_the_identity_of_a_gguf_file_is_its_content(gguf, tmp_path):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from distillkit.errors import ConfigError, ModelError
-from distillkit.fetch import cache_dir
-from distillkit.models.loading import merge_lora
+from distillkit.models.merging import merge_lora
 from distillkit.models.student import Lora, Student
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from distillkit.remote.wheels import cache_dir
+from distillkit.testing.families import tiny_family
+from helpers.models import save_tiny, tiny_model, tiny_tokenizer
 
 TOKENS = torch.arange(2, 14).reshape(2, 6)
 SMOLLM2 = (
@@ -50,6 +51,12 @@ def test_keeps_the_named_layers(source):
 def test_a_layer_that_the_model_lacks_is_refused_at_load(source):
     with pytest.raises(ModelError, match=r"Student\.keep_layers .* 4 layers, 0 to 3, got \[0, 4\]"):
         Student(source, keep_layers=[0, 4]).load()
+
+
+def test_a_model_that_trains_on_rows_of_some_lengths_only_is_refused_at_load(tmp_path):
+    tiny_family("reformer").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"^Reformer\w+ trains only on rows whose length .* can't be a student"):
+        Student(str(tmp_path)).load()
 
 
 @pytest.mark.parametrize("layers", [[], [-1, 0], [0, 0], [1, 0]])

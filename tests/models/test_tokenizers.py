@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ModelError
 from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same
-from tiny import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
+from helpers.models import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
 
 
 def renamed(tokenizer, old, new):
@@ -54,13 +54,17 @@ def test_equal_tokenizers_pass():
 def test_the_first_differing_token_is_named():
     other = renamed(tiny_tokenizer(), "~", "ÿÿ")
     number = tiny_tokenizer().get_vocab()["~"]
-    said = rf"Student s and teacher t .*id {number} is '~' .* and 'ÿÿ' .*cross-tokenizer"
+    said = (
+        rf"The tokenizers of the s and the t differ: id {number} is '~' for the s and 'ÿÿ' for the t.*cross-tokenizer"
+    )
     with pytest.raises(ModelError, match=said):
-        require_same(tiny_tokenizer(), other, "s", "t")
+        require_same(tiny_tokenizer(), other, "the s", "the t")
+    with pytest.raises(ModelError, match="differ"):  # not an added token
+        require_same(tiny_tokenizer(), other, "the s", "the t", "unused")
 
 
 def test_a_longer_vocabulary_is_another_tokenizer():
-    with pytest.raises(ModelError, match=r"id 320 is no token for the student and '.*' for the teacher"):
+    with pytest.raises(ModelError, match=r"id 320 is no token for s and '.*' for t"):
         require_same(tiny_tokenizer(320), tiny_tokenizer(330), "s", "t")
 
 
@@ -72,6 +76,12 @@ def test_end_ids_are_those_of_tokenizer_and_generation_config(tmp_path):
     assert eos_ids(tiny_tokenizer(), str(tmp_path)) == (END_ID, 5, 7)
 
 
+def test_where_no_model_is_loaded_the_end_ids_of_a_source_are_those_of_its_generation_config_too(tmp_path):
+    # The data and the generators that read a file or ask a server have the tokenizer alone.
+    save_tiny(tmp_path, eos_token_id=[7, 5])
+    assert eos_ids(load_tokenizer(str(tmp_path)), None) == (END_ID, 5, 7)
+
+
 def test_without_a_generation_config_the_config_counts(tmp_path):
     save_tiny(tmp_path, eos_token_id=9)
     (tmp_path / "generation_config.json").unlink()
@@ -80,7 +90,7 @@ def test_without_a_generation_config_the_config_counts(tmp_path):
 
 def test_no_end_id_at_all_is_refused():
     tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.chat_template = None
     with pytest.raises(ModelError, match="has an end token"):
         eos_ids(tokenizer, tiny_model(eos_token_id=None))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiny import save_tiny
+from helpers.models import save_tiny
 
 
 @pytest.fixture(autouse=True)

@@ -4,20 +4,20 @@ import logging
 import pytest
 import torch
 
-import rank_scores
-from distillkit import score_cache
+from distillkit.chunked.output_head import OutputHead
 from distillkit.data.collate import collate
+from distillkit.devices.precision import fast_dtype
 from distillkit.errors import ModelError
-from distillkit.hardware import native
-from distillkit.heads import OutputHead
 from distillkit.models.fingerprint import fingerprint
+from distillkit.storage import scores as score_cache
 from distillkit.teachers import cached as module
 from distillkit.teachers.cached import CachedTeacher
-from distillkit.teachers.in_process import TransformersTeacher
+from distillkit.teachers.transformers import TransformersTeacher
 from distillkit.types import Row
-from tiny import save_tiny, tiny_model, tiny_tokenizer
-from tiny_runs import on_two_ranks
-from tiny_scores import CPU, WIDTH, Counting, Unloadable, in_order, live, loaded, only_folder, ready, some_rows
+from helpers import rank_scores
+from helpers.models import save_tiny, tiny_model, tiny_tokenizer
+from helpers.runs import on_two_ranks
+from helpers.scores import CPU, WIDTH, Counting, Unloadable, in_order, live, loaded, only_folder, ready, some_rows
 
 # ── scores ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -32,7 +32,7 @@ def test_scores_are_those_of_the_live_teacher_bit_for_bit(dtype, vocab, source):
         teacher = Counting(source, dtype)
         found = ready(teacher, rows, vocab).score(batch)
         assert teacher.loads == (number == 0)
-        assert found.hidden.dtype == expected.hidden.dtype == native(getattr(torch, dtype), torch.device("cpu"))
+        assert found.hidden.dtype == expected.hidden.dtype == fast_dtype(getattr(torch, dtype), torch.device("cpu"))
         assert torch.equal(found.hidden, expected.hidden)
         assert found.vocab == vocab
         assert torch.equal(found.log_probs(), expected.log_probs())
@@ -131,7 +131,7 @@ def test_a_folder_of_scores_serves_where_the_weights_are_gone(source, tmp_path):
     again = ready(teacher, rows, folder=str(tmp_path / "scores"))
     assert torch.equal(again.score(collate(rows, 1)).hidden, first.score(collate(rows, 1)).hidden)
     assert again.tokenizer().get_vocab() == tiny_tokenizer().get_vocab()
-    with pytest.raises(ModelError, match=r"weights are missing, which name its cache: set CachedTeacher\.folder"):
+    with pytest.raises(ModelError, match=r"no weight files to name its cache after\. Set CachedTeacher\.folder"):
         ready(teacher)
 
 
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(keep, source, tmp_path,
     rest = ready(Counting(source), rows, folder=str(tmp_path / "cut"), **settings)
     assert rest.teacher.scored == whole.teacher.scored[4:]
     batch = collate(rows, 1)
-    for name in ("hidden", "own", "support"):
+    for name in ("hidden", "target_logp", "top_k_ids"):
         ours, theirs = getattr(rest.score(batch), name), getattr(whole.score(batch), name)
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)

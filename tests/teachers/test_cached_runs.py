@@ -10,11 +10,11 @@ import torch
 from distillkit import DistillData, DistillModule, Sampling, Student
 from distillkit.curators.paired import PairedCurator
 from distillkit.curators.single import StudentCurator, TeacherCurator
-from distillkit.generators.in_process import TransformersGenerator
+from distillkit.generators.transformers import TransformersGenerator
 from distillkit.losses import SkewKL
 from distillkit.teachers.cached import CachedTeacher
-from tiny_runs import QUIET, MemoryLogger, save_models, write_prompts
-from tiny_scores import Counting, Unloadable, only_folder
+from helpers.runs import QUIET, MemoryLogger, save_models, write_prompts
+from helpers.scores import Counting, Unloadable, only_folder
 
 SHORT = Sampling(max_new_tokens=4)
 
@@ -32,10 +32,14 @@ def run(folder: Path, root: Path, teacher: Any) -> tuple[DistillModule, MemoryLo
     """Two epochs of three steps, on responses that teacher and student write each epoch."""
     logger = MemoryLogger()
     module = DistillModule(
-        Student(str(folder / "student")), SkewKL(), teacher,
-        PairedCurator(TeacherCurator(SHORT), StudentCurator(SHORT, "epoch")), TransformersGenerator(progress=False),
-        answers=Sampling(temperature=0.0, max_new_tokens=4), store=str(folder / "responses" / type(teacher).__name__),
-    )  # fmt: skip
+        Student(str(folder / "student")),
+        SkewKL(),
+        teacher,
+        PairedCurator(TeacherCurator(SHORT), StudentCurator(SHORT, "epoch")),
+        TransformersGenerator(progress=False),
+        answers=Sampling(temperature=0.0, max_new_tokens=4),
+        store=str(folder / "responses" / type(teacher).__name__),
+    )
     options = QUIET | {"max_epochs": 2, "default_root_dir": root, "logger": logger, "num_sanity_val_steps": -1}
     trainer = lightning.Trainer(**options, enable_checkpointing=False)
     trainer.fit(module, DistillData(str(folder / "train.jsonl"), str(folder / "val.jsonl"), batch_size=2))

@@ -4,9 +4,9 @@ import pytest
 
 from distillkit import registry
 from distillkit.teachers.cached import CachedTeacher
-from distillkit.teachers.in_process import TransformersTeacher
+from distillkit.teachers.transformers import TransformersTeacher
 from distillkit.testing import BigramTeacher, TeacherContract, check_teacher
-from tiny import save_tiny
+from helpers.models import save_tiny
 
 
 @pytest.fixture(scope="module")

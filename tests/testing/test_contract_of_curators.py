@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from distillkit.curators.single import StudentCurator
+from distillkit.schedules import Constant
 from distillkit.testing import CuratorContract, check_curator
 from distillkit.types import Row
 
@@ -87,18 +89,25 @@ class Forgetful(Sound):
         return [Row(row.input_ids, row.response_mask, f"{len(self.seen)}", row.prompt_id) for row in rows]
 
 
+class HidesASchedule(Sound):
+    def __init__(self):
+        super().__init__()
+        self.shares = nn.ModuleList([Constant(0.5)])
+
+
 BROKEN = {
+    HidesASchedule: r"schedules\(\) must name each schedule for the log, it leaves out \['shares.0'\]",
     NoRounds: "rounds must be once, epoch or a number of steps from 1, got 'sometimes'",
     ForgetsPrompt: "12 prompts got 11 rows",
     GivesMoreAndMore: "the number of rows per prompt must not change",
-    Interleaves: "the rows of one prompt must stand together",
+    Interleaves: "the rows of a prompt must be adjacent",
     ShortMask: "a mask must be as long as the tokens",
     TrainsOnTheFirst: "must not train on its first token",
     LosesThePrompt: "a row must begin with its prompt's tokens",
-    AnswersStrangers: "a row is of prompt stranger, for which nobody asked",
-    Random: "two copies give different rows|a round that is asked for again gives different rows",
-    CountsItself: "a round that is asked for again gives different rows",
-    Forgetful: "resumed within round 1 it gives other rows",
+    AnswersStrangers: "a row has prompt stranger, which is not in the run",
+    Random: "two copies must return the same rows|a round that is curated again must return the same rows",
+    CountsItself: "a round that is curated again must return the same rows",
+    Forgetful: "resumed within round 1, it must return the same rows",
 }
 
 
@@ -114,4 +123,4 @@ def test_a_broken_curator_is_found(broken):
 
 def test_a_contract_without_a_curator_says_what_is_missing():
     with pytest.raises(NotImplementedError, match=re.escape("write make()")):
-        CuratorContract().test_says_how_long_a_round_lasts()
+        CuratorContract().test_rounds_is_valid()

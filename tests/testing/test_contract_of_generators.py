@@ -15,7 +15,7 @@ FIRST = GeneratorContract().prompts()[0].id
 class Sound(SeededGenerator):
     """A sound generator that a broken one differs from in one method: what it writes depends on a weight."""
 
-    models = None
+    needs_models = None
 
     def __init__(self):
         super().__init__("")
@@ -118,26 +118,26 @@ class IsNamedAnew(Sound):
 
 
 class CountsNothing(Sound):
-    def figures(self):
+    def metrics(self):
         return {"acceptance": float("nan")}
 
 
 BROKEN = {
-    SkipsTheFirst: "each prompt must get one response, in their order",
+    SkipsTheFirst: "each prompt must get one response, in the order of the prompts",
     WritesNothing: "responses must have 1 to 6 tokens",
     WritesTooMuch: "responses must have 1 to 6 tokens",
-    AlwaysAnswers: "no prompt must get no response",
+    AlwaysAnswers: "an empty list of prompts must get an empty list of responses",
     EndsOtherwise: "finish must be stop or length, got 'eos'",
-    SaysItWasCut: r"a response of \d tokens, of 6 allowed, says it was cut",
+    SaysItWasCut: r"finish must be stop for a response of \d tokens: 6 are allowed",
     ForgetsALogProb: r"\d tokens have \d log-probabilities",
     GivesProbabilities: "log-probabilities must be finite and at most 0",
-    ReadsItsNeighbours: "a prompt alone must get the response that it gets in a batch",
-    ReadsItsPlace: "in another order prompts must get the same responses",
-    ReadsTheGlobalState: "the same question must get the same responses",
-    KeepsItsFirstWeights: "given other weights it must write with them",
-    MixesWeights: "given its first weights again it writes otherwise",
-    IsNamedAnew: r"identity\(\) must be the same for two that are made alike",
-    CountsNothing: r"figures\(\) must be finite numbers",
+    ReadsItsNeighbours: "a prompt must get the same response alone and in a batch",
+    ReadsItsPlace: "prompts must get the same responses in any order",
+    ReadsTheGlobalState: "the same prompts must always get the same responses",
+    KeepsItsFirstWeights: "after refresh it must generate with the new weights",
+    MixesWeights: "refreshed with its first weights again, it must generate the same responses",
+    IsNamedAnew: r"identity\(\) must be equal for two identically constructed generators",
+    CountsNothing: r"metrics\(\) must be finite numbers",
 }
 
 
@@ -153,4 +153,4 @@ def test_a_broken_generator_is_found(broken):
 
 def test_a_contract_without_a_generator_says_what_is_missing():
     with pytest.raises(NotImplementedError, match=re.escape("write make()")):
-        GeneratorContract().test_answers_each_prompt_in_their_order()
+        GeneratorContract().test_answers_each_prompt_in_order()

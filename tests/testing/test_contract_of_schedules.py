@@ -98,16 +98,16 @@ class LosesPrecision(Plain):
 @pytest.mark.parametrize(
     ("broken", "promise"),
     [
-        (CountsItself, "must not move when it is told the same progress again"),
-        (MovesWhenRead, "must not move by being read"),
-        (ForgetsItsState, "its state of step 3 is not in its buffers"),
+        (CountsItself, "a second update with the same progress must not change it"),
+        (MovesWhenRead, "reading it must not change it"),
+        (ForgetsItsState, "its buffers must contain its state of step 3"),
         (IsTrained, "value must carry no gradient"),
         (IsAVector, r"value must be 0-dim, got \[1\]"),
         (Explodes, "value must be finite, got inf after step 10 of 20"),
         (DividesByTheGap, "for_rows must be finite"),
         (FollowsTheGap, "for_rows must carry no gradient"),
         (ForgetsTheType, "for_rows must return torch.float64, got torch.float32"),
-        (LosesPrecision, "a cast to torch.bfloat16 must leave its buffers as they are"),
+        (LosesPrecision, "a cast to torch.bfloat16 must not change its buffers"),
     ],
 )
 def test_a_broken_schedule_is_found(broken, promise):

@@ -93,18 +93,18 @@ class IsNamedAnew(Sound):
 
 
 BROKEN = {
-    SkipsTheLast: r"score must give \[10, 320\] log-probabilities, got \[9, 320\]",
-    Learns: "score must give log-probabilities without a gradient",
+    SkipsTheLast: r"score must return \[10, 320\] log-probabilities, got \[9, 320\]",
+    Learns: "score must return log-probabilities without a gradient",
     GivesNaN: "probabilities must sum to 1",
     Centres: "a row must have the same scores alone",
     ReadsPadding: "a row must have the same scores alone",
     IsNotCut: "vocab_size must be 317 after limit_vocab, got 320",
     CutsTheFirst: "after limit_vocab scores must be those of the first tokens",
     DrawsAnew: "a second setup must change nothing",
-    ForgetsWhatItUnloads: "unloaded and set up again it scores otherwise",
-    HasNoTokenizer: r"tokenizer\(\) must give one before setup",
-    IsNamedByAnObject: r"identity\(\) must give a text or None, got 0",
-    IsNamedAnew: r"identity\(\) must be the same for two that are made alike",
+    ForgetsWhatItUnloads: "the scores must be the same after unload and setup",
+    HasNoTokenizer: r"tokenizer\(\) must return a tokenizer before setup",
+    IsNamedByAnObject: r"identity\(\) must return a string or None, got 0",
+    IsNamedAnew: r"identity\(\) must be equal for two identically constructed teachers",
 }
 
 
@@ -120,7 +120,7 @@ def test_a_broken_teacher_is_found(broken):
 
 def test_a_contract_without_a_teacher_says_what_is_missing():
     with pytest.raises(NotImplementedError, match=re.escape("write make()")):
-        TeacherContract().test_gives_a_distribution_for_each_position()
+        TeacherContract().test_each_position_has_a_distribution()
 
 
 def test_a_bigram_teacher_reads_the_last_token_alone():

@@ -64,14 +64,14 @@ class TalksToItself(Sound):
 
 
 BROKEN = {
-    OneForAll: "8 responses got 1 numbers",
-    NotANumber: "a number must be finite, got",
-    NoNumber: "a number must be finite, got",
-    Ranks: "a response that is judged alone gets another number",
-    ByPlace: "in another order responses get other numbers",
-    Guesses: "a response that is judged (again|alone) gets another number",
-    Tires: "a response that is judged again gets another number",
-    TalksToItself: "no response must give no number",
+    OneForAll: "8 responses got 1 scores",
+    NotANumber: "a score must be a finite number, got",
+    NoNumber: "a score must be a finite number, got",
+    Ranks: "a response must get the same score when it is verified alone",
+    ByPlace: "responses must get the same scores in any order",
+    Guesses: "a response must get the same score when it is verified (again|alone)",
+    Tires: "a response must get the same score when it is verified again",
+    TalksToItself: "an empty list of responses must get an empty list of scores",
 }
 
 
@@ -87,4 +87,4 @@ def test_a_broken_verifier_is_found(broken):
 
 def test_a_contract_without_a_verifier_says_what_is_missing():
     with pytest.raises(NotImplementedError, match=re.escape("write make()")):
-        VerifierContract().test_gives_each_response_one_finite_number()
+        VerifierContract().test_each_response_gets_a_finite_score()

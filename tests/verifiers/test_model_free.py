@@ -27,7 +27,7 @@ def test_the_likelihood_is_the_mean_of_its_tokens():
 
 
 def test_a_response_without_log_probabilities_is_refused():
-    with pytest.raises(DataError, match="the response to prompt c has none: use a generator that gives them"):
+    with pytest.raises(DataError, match="the response to prompt c has none: use a generator that reports them"):
         MeanLogProb().verify(Prompts(()), [*RESPONSES, Response("c", (5,), "", "stop")])
 
 

@@ -15,7 +15,7 @@ from distillkit.testing.tiny import tiny_tokenizer
 from distillkit.testing.verifiers import VerifierContract
 from distillkit.types import Prompts, Response
 from distillkit.verifiers.reasoning_gym import ReasoningGymAnswer
-from tiny_runs import QUIET, save_models, write_config, write_prompts
+from helpers.runs import QUIET, save_models, write_config, write_prompts
 
 ARITHMETIC: dict[str, Any] = {"task": "basic_arithmetic", "size": 8, "seed": 3}
 
@@ -58,15 +58,18 @@ def test_prompts_are_the_same_again_and_others_with_a_seed_that_is_far_away() ->
 
 @pytest.mark.reasoning_gym
 def test_prompts_of_another_task_are_refused() -> None:
-    with pytest.raises(DataError, match="is none of them: give it the settings of the prompts' source"):
+    with pytest.raises(DataError, match="is none of them: use the same settings as in the prompts' source"):
         ReasoningGymAnswer(**ARITHMETIC).check(prompts_of(seed=4))
 
 
 @pytest.mark.reasoning_gym
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"task": "basic_arithmetics"}, "Reasoning Gym can't make the task 'basic_arithmetics'"),
-    ({"settings": {"terms": 3}}, "Reasoning Gym can't make the task 'basic_arithmetic' with {'terms': 3}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "basic_arithmetics"}, "Reasoning Gym can't make the task 'basic_arithmetics'"),
+        ({"settings": {"terms": 3}}, "Reasoning Gym can't make the task 'basic_arithmetic' with {'terms': 3}"),
+    ],
+)
 def test_a_task_that_is_none_is_refused_early(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ReasoningGym(**ARITHMETIC | settings).check()
@@ -83,16 +86,20 @@ def test_it_measures_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("logging.raiseExceptions", False)
     _, student = save_models(tmp_path)
     source = {"class_path": "distillkit.data.reasoning_gym.ReasoningGym", "init_args": ARITHMETIC}
-    config = write_config(tmp_path / "config.yaml", {
-        "trainer": QUIET | {"default_root_dir": str(tmp_path / "run")},
-        "model": {
-            "student": {"source": student}, "loss": "CrossEntropy",
-            "answers": {"temperature": 0.0, "max_new_tokens": 4},
-            "metrics": {"exact": {"class_path": "ReasoningGymAnswer", "init_args": ARITHMETIC}},
-            "generator": {"class_path": "TransformersGenerator", "init_args": {"progress": False}},
+    config = write_config(
+        tmp_path / "config.yaml",
+        {
+            "trainer": QUIET | {"default_root_dir": str(tmp_path / "run")},
+            "model": {
+                "student": {"source": student},
+                "loss": "CrossEntropy",
+                "answers": {"temperature": 0.0, "max_new_tokens": 4},
+                "metrics": {"exact": {"class_path": "ReasoningGymAnswer", "init_args": ARITHMETIC}},
+                "generator": {"class_path": "TransformersGenerator", "init_args": {"progress": False}},
+            },
+            "data": {"train": write_prompts(tmp_path / "train.jsonl", 2, response=True), "val": source},
         },
-        "data": {"train": write_prompts(tmp_path / "train.jsonl", 2, response=True), "val": source},
-    })  # fmt: skip
+    )
     assert main(["evaluate", "--config", config, "--out", str(tmp_path / "out")]) == 0
     assert '"exact": 0.0' in (tmp_path / "out" / "evaluation.json").read_text()
 

@@ -1,4 +1,4 @@
-"""The α-β divergence."""
+"""The α-β divergence as a token loss."""
 
 from torch import Tensor
 
@@ -12,12 +12,12 @@ class AlphaBeta(TokenLoss):
 
     It tends to KL(p‖q) as (α, β) → (1, 0) and to KL(q‖p) as (α, β) → (0, 1); at (1, 1) it is half the squared distance,
     at (½, ½) four times the squared Hellinger distance. Wang et al. 2025 (ABKD), arXiv 2505.04560; the family is due to
-    Cichocki et al. 2011. Here α and β are above 0: the limits at 0 are ForwardKL and ReverseKL.
+    Cichocki et al. 2011. Here α and β are above 0; the limits at 0 are ForwardKL and ReverseKL.
 
     Args:
         alpha: α > 0, exponent of the teacher's probabilities.
         beta: β > 0, exponent of the student's probabilities.
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` averages over responses, `token_mean` over tokens.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -44,5 +44,5 @@ class AlphaBeta(TokenLoss):
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`[n]` nats."""
         total = self.alpha + self.beta
-        own = self.alpha / total * (total * logp).exp() + self.beta / total * (total * logq).exp()
-        return (own - (self.alpha * logp + self.beta * logq).exp()).sum(-1) / (self.alpha * self.beta)
+        powers = self.alpha / total * (total * logp).exp() + self.beta / total * (total * logq).exp()
+        return (powers - (self.alpha * logp + self.beta * logq).exp()).sum(-1) / (self.alpha * self.beta)

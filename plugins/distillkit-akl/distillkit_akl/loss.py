@@ -1,4 +1,4 @@
-"""KL and reverse KL, mixed by where the two models differ."""
+"""Adaptive KL: forward and reverse KL, mixed by where the two models differ."""
 
 from torch import Tensor
 
@@ -10,15 +10,15 @@ from distillkit.types import Reduction
 class AdaptiveKL(TokenLoss):
     """Adaptive KL, g_head/(g_head + g_tail)·KL(p‖q) + g_tail/(g_head + g_tail)·KL(q‖p) at each position.
 
-    The head are the teacher's most likely tokens, as many as have at most the mass μ together, and at least the first;
-    the tail are the others; g is Σ |p − q| over either. So the head is pulled up by KL where it lags, and the tail
-    pushed down by reverse KL where it is too heavy. The shares carry no gradient.
+    The head is the teacher's most likely tokens with a total mass of at most μ, and at least one token; the tail is all
+    other tokens; g is Σ |p − q| over head or tail. So KL raises a head that is too light, and reverse KL lowers a tail
+    that is too heavy. The shares carry no gradient.
 
     Wu et al. 2024, arXiv 2404.02657, section 4.3 and the authors' code.
 
     Args:
         mu: μ in (0, 1), the teacher's mass in the head.
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` averages over responses, `token_mean` over tokens.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -49,6 +49,6 @@ class AdaptiveKL(TokenLoss):
         gap = (p - logq.exp().gather(-1, order)).abs()
         tail = p.cumsum(-1) > self.mu
         tail[:, 0] = False
-        whole = gap.sum(-1)
-        share = gap.masked_fill(tail, 0.0).sum(-1) / whole
-        return share.where(whole > 0, 0.5)
+        total = gap.sum(-1)
+        share = gap.masked_fill(tail, 0.0).sum(-1) / total
+        return share.where(total > 0, 0.5)

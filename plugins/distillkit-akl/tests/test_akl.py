@@ -15,9 +15,9 @@ from distillkit.testing import check_loss
 def by_hand(p, q, mu):
     """One position, token by token."""
     mass, head, tail = 0.0, 0.0, 0.0
-    for place, token in enumerate(sorted(range(len(p)), key=lambda token: -p[token])):
+    for rank, token in enumerate(sorted(range(len(p)), key=lambda token: -p[token])):
         mass += p[token]
-        if place == 0 or mass <= mu:
+        if rank == 0 or mass <= mu:
             head += abs(p[token] - q[token])
         else:
             tail += abs(p[token] - q[token])
@@ -27,7 +27,7 @@ def by_hand(p, q, mu):
 
 @pytest.mark.parametrize("mu", [0.2, 0.5, 0.9])
 def test_it_keeps_the_contract_of_a_loss(mu):
-    # The shares are held while the gradient is taken.
+    # The shares are detached in the gradient.
     check_loss(AdaptiveKL(mu), exact_gradient=False)
 
 
@@ -35,9 +35,9 @@ def test_it_keeps_the_contract_of_a_loss(mu):
 def test_it_is_the_mixture_of_the_paper(mu):
     generator = torch.Generator().manual_seed(0)
     logp, logq = (torch.randn(50, 9, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    found = AdaptiveKL(mu).divergence(logp, logq)
+    values = AdaptiveKL(mu).divergence(logp, logq)
     expected = [by_hand(p, q, mu) for p, q in zip(logp.exp().numpy(), logq.exp().numpy(), strict=True)]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-12)
 
 
 def test_a_worked_position():

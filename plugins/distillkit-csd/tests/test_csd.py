@@ -21,19 +21,19 @@ def random_pair(scale=1.0):
 def double_sum(teacher, student, first, second):
     """Equation 8 as it stands, from logits, pair by pair."""
     softmax = [np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in (teacher, student)]
-    made = {"teacher": softmax[0], "student": softmax[1], "uniform": np.full(len(teacher), 1 / len(teacher))}
+    weights = {"teacher": softmax[0], "student": softmax[1], "uniform": np.full(len(teacher), 1 / len(teacher))}
     total = 0.0
     for y in range(len(teacher)):
         for x in range(len(teacher)):
             gap = student[x] - student[y] - teacher[x] + teacher[y]
-            total += 0.5 * made[first][y] * made[second][x] * gap**2
+            total += 0.5 * weights[first][y] * weights[second][x] * gap**2
     return total
 
 
 @pytest.mark.parametrize("first", KINDS)
 @pytest.mark.parametrize("second", KINDS)
 def test_it_keeps_the_contract_of_a_loss(first, second):
-    # The weights are held while the gradient is taken.
+    # The weights are detached in the gradient.
     check_loss(ConcreteScore(first, second), exact_gradient=first == second == "teacher")
 
 
@@ -41,9 +41,9 @@ def test_it_keeps_the_contract_of_a_loss(first, second):
 @pytest.mark.parametrize("second", KINDS)
 def test_it_is_the_double_sum_of_the_paper(first, second):
     teacher, student = random_pair()
-    found = ConcreteScore(first, second).divergence(teacher.log_softmax(-1), student.log_softmax(-1))
+    values = ConcreteScore(first, second).divergence(teacher.log_softmax(-1), student.log_softmax(-1))
     rows = zip(teacher.numpy(), student.numpy(), strict=True)
-    np.testing.assert_allclose(found.numpy(), [double_sum(*row, first, second) for row in rows], rtol=1e-10)
+    np.testing.assert_allclose(values.numpy(), [double_sum(*row, first, second) for row in rows], rtol=1e-10)
 
 
 def test_a_number_added_to_all_logits_changes_nothing():

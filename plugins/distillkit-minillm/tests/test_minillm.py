@@ -9,11 +9,9 @@ from distillkit_minillm.mixture import MixtureCurator, MixtureGenerator
 from torch import nn
 
 from distillkit import registry
-from distillkit.data.collate import collate
+from distillkit.data import collate
 from distillkit.errors import ConfigError
-from distillkit.testing import check_generator, check_loss, make_batch
-from distillkit.testing.generators import GeneratorContract
-from distillkit.testing.tiny import tiny_model, tiny_tokenizer
+from distillkit.testing import GeneratorContract, check_generator, check_loss, make_batch, tiny_model, tiny_tokenizer
 from distillkit.types import Row, Sampling, Scores
 
 VOCAB = 3
@@ -39,17 +37,17 @@ def by_formula(student, teacher, batch, share):
     total, start = torch.zeros((), dtype=torch.float64), 0
     for length, writer in zip(batch.lengths, batch.writer, strict=True):
         rows = range(start, start + length)
-        own = [(logp[t, batch.targets[t]].item(), logq[t, batch.targets[t]].item()) for t in rows]
-        for place, t in enumerate(rows):
-            drawn = logq[t, batch.targets[t]]
+        pairs = [(logp[t, batch.targets[t]].item(), logq[t, batch.targets[t]].item()) for t in rows]
+        for index, t in enumerate(rows):
+            target_logq = logq[t, batch.targets[t]]
             if writer == "dataset":
-                total = total - drawn
+                total = total - target_logq
                 continue
-            p, q = (math.exp(value) for value in own[place])
+            p, q = (math.exp(value) for value in pairs[index])
             weight = q / (share * p + (1 - share) * q)
-            later = [p - q for p, q in own[place + 1 :]]
+            later = [p - q for p, q in pairs[index + 1 :]]
             mean = sum(later) / len(later) if later else 0.0
-            total = total + weight * (logq[t].exp() * (logq[t] - logp[t])).sum() - weight * mean * drawn
+            total = total + weight * (logq[t].exp() * (logq[t] - logp[t])).sum() - weight * mean * target_logq
         start += length
     return torch.autograd.grad(total, leaf)[0]
 
@@ -59,8 +57,8 @@ def test_its_gradient_is_that_of_the_formula(share):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (2 * torch.randn(9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     batch = make_batch((4, 2, 0, 3), ("mixture", "dataset", "mixture", "mixture"), (0, 0, 1, 2), 7)
-    output, found = gradient(MiniLLM(share), student, teacher, batch)
-    torch.testing.assert_close(found, by_formula(student, teacher, batch, share), rtol=1e-10, atol=1e-12)
+    output, grad = gradient(MiniLLM(share), student, teacher, batch)
+    torch.testing.assert_close(grad, by_formula(student, teacher, batch, share), rtol=1e-10, atol=1e-12)
     assert output.units.tolist() == [7, 2]
 
 
@@ -79,13 +77,13 @@ def mean_gradient(student, teacher, share):
     """Mean of the loss's gradient over all responses of two tokens, drawn from the mixture."""
     q, p = student.softmax(-1), teacher.softmax(-1)
     mixture = share * p + (1 - share) * q
-    found = torch.zeros_like(student)
+    total = torch.zeros_like(student)
     for first, second in itertools.product(range(VOCAB), repeat=2):
         batch = collate([Row((0, first, second), (False, True, True), "mixture", "p")], pad_id=0)
         rows = [0, 1 + first]
         _, grad = gradient(MiniLLM(share), student[rows], teacher[rows], batch)
-        found[rows] += mixture[0, first] * mixture[1 + first, second] * grad
-    return found
+        total[rows] += mixture[0, first] * mixture[1 + first, second] * grad
+    return total
 
 
 def test_its_mean_over_all_responses_is_the_gradient_of_the_reverse_kl_of_whole_responses():
@@ -118,25 +116,31 @@ def test_a_worked_response():
     assert output.total.tolist() == pytest.approx([first + second, 0.0])
     assert output.metrics["return"].tolist() == pytest.approx([math.log(0.25), 0.0])
     # Single step: q_0 q_1 log((q_0/p_0)/(q_1/p_1)) = ¼ log 3; long: −log ¼ · (1 − ½).
-    assert grad[0].tolist() == pytest.approx([0.25 * math.log(3) - 0.5 * math.log(0.25)] * 1 + [
-        -0.25 * math.log(3) + 0.5 * math.log(0.25)
-    ])  # fmt: skip
+    assert grad[0].tolist() == pytest.approx(
+        [0.25 * math.log(3) - 0.5 * math.log(0.25)] * 1 + [-0.25 * math.log(3) + 0.5 * math.log(0.25)]
+    )
     assert grad[1].tolist() == pytest.approx([0.25 * math.log(7), -0.25 * math.log(7)])
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"teacher_share": 1.0}, r"MiniLLM\.teacher_share must"),
-    ({"language_model": -1.0}, r"MiniLLM\.language_model must be at least 0, got -1\.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_share": 1.0}, r"MiniLLM\.teacher_share must"),
+        ({"language_model": -1.0}, r"MiniLLM\.language_model must be at least 0, got -1\.0"),
+    ],
+)
 def test_a_number_out_of_range_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         MiniLLM(**settings)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"batch_size": 0}, r"MixtureGenerator\.batch_size must be at least 1, got 0"),
-    ({"teacher_share": -0.1}, r"MixtureGenerator\.teacher_share must"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, r"MixtureGenerator\.batch_size must be at least 1, got 0"),
+        ({"teacher_share": -0.1}, r"MixtureGenerator\.teacher_share must"),
+    ],
+)
 def test_a_mixture_that_is_none_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         MixtureCurator(**settings)
@@ -150,23 +154,26 @@ def test_the_generator_keeps_its_contract(share):
 def draws(share, count):
     """First tokens of one prompt under many seeds, and both models' distributions of it."""
     tokenizer = tiny_tokenizer()
-    models = nn.ModuleDict({
-        "student": tiny_model(len(tokenizer), seed=1), "teacher": tiny_model(len(tokenizer), seed=2),
-    })  # fmt: skip
+    models = nn.ModuleDict(
+        {
+            "student": tiny_model(len(tokenizer), seed=1),
+            "teacher": tiny_model(len(tokenizer), seed=2),
+        }
+    )
     for model in models.values():
         model.get_output_embeddings().weight.data *= SHARPNESS  # far from uniform
     generator = MixtureGenerator(share, batch_size=64)
     generator.refresh(models, tokenizer)
     prompts = GeneratorContract().prompts()[:1]
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1)
-    found = torch.zeros(len(tokenizer))
-    for number in range(count):
-        (response,) = generator.generate(prompts.at_round(number), sampling)
-        found[response.token_ids[0]] += 1
+    counts = torch.zeros(len(tokenizer))
+    for round_index in range(count):
+        (response,) = generator.generate(prompts.at_round(round_index), sampling)
+        counts[response.token_ids[0]] += 1
     ids = torch.tensor([prompts[0].input_ids])
     with torch.no_grad():
         p, q = (models[name](ids).logits[0, -1, : len(tokenizer)].softmax(-1) for name in ("teacher", "student"))
-    return found, p, q
+    return counts, p, q
 
 
 def distance(counts, expected):

@@ -5,7 +5,7 @@ import torch
 from distillkit_opd.loss import SampledReverseKL
 
 from distillkit import registry
-from distillkit.data.collate import collate
+from distillkit.data import collate
 from distillkit.errors import ConfigError
 from distillkit.losses import ReverseKL
 from distillkit.testing import check_loss

@@ -1,24 +1,26 @@
-"""KL from a distribution between the student's and the teacher's."""
+"""TAID: KL from a distribution between the student's and the teacher's."""
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from distillkit import TokenLoss, divergences, gradients
-from distillkit.errors import ConfigError
+from distillkit import TokenLoss, divergences
+from distillkit.errors import check_range
 from distillkit.interfaces import Schedule
 from distillkit.types import Reduction
 from distillkit_taid.schedule import Interpolation
 
 
 class TAID(TokenLoss):
-    """KL(p_t ‖ q) with p_t = softmax((1−t)·z_q + t·z_p), logits between the student's, held, and the teacher's.
+    """KL(p_t ‖ q) with p_t = softmax((1−t)·z_q + t·z_p), logits between the student's (detached) and the teacher's.
 
-    At t = 0 there is nothing to learn, at t = 1 it is ForwardKL. t grows while training, see `Interpolation`.
+    At t = 0 the loss is 0, at t = 1 it is ForwardKL. t grows during training, see `Interpolation`.
 
     Shing et al. 2025, arXiv 2501.16937, equations 2 and 3.
 
     Args:
-        t: t in [0, 1], a number or a schedule; None is `Interpolation()`.
-        reduction: How positions are weighed.
+        t: Weight of the teacher's logits in [0, 1], a number or a schedule; None is `Interpolation()`.
+        reduction: Weighting of positions: `sequence_mean` averages over responses, `token_mean` over tokens.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -36,8 +38,11 @@ class TAID(TokenLoss):
         super().__init__(reduction, temperature, rescale)
         self.schedule = Interpolation() if t is None else t if isinstance(t, Schedule) else None
         self._fixed = 1.0 if self.schedule is not None else float(t)  # type: ignore[arg-type]
-        if not 0 <= self._fixed <= 1:
-            raise ConfigError(f"TAID.t must lie in [0, 1], got {t}.")
+        check_range("TAID.t", self._fixed, 0, 1)
+
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The schedule of t."""
+        return {} if self.schedule is None else {"t": self.schedule}
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`[n]` nats."""
@@ -45,12 +50,12 @@ class TAID(TokenLoss):
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
         """The value, and q − p_t."""
-        return gradients.kl(self._between(logp, logq), logq)
+        return divergences.kl_and_grad(self._between(logp, logq), logq)
 
     def _between(self, logp: Tensor, logq: Tensor) -> Tensor:
         """`[n, V]` log p_t."""
         t = self._fixed if self.schedule is None else self.schedule.value.to(logp)
-        # A token that one of the two excludes would be −∞·0 at the ends: it is as good as excluded.
+        # A token that only one model excludes would give −∞·0 at the ends: −1e4 excludes it in effect.
         lowest = -1e4
         mixed = (1.0 - t) * logq.clamp_min(lowest) + t * logp.clamp_min(lowest)
         excluded = (logp <= lowest) & (logq <= lowest)

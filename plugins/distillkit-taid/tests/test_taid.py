@@ -27,7 +27,7 @@ def summary(mean):
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, None])
 def test_it_keeps_the_contract_of_a_loss(t):
-    # The student is held in the target.
+    # The student is detached in the target.
     check_loss(TAID(t), exact_gradient=t == 1.0)
 
 
@@ -38,10 +38,10 @@ def test_its_schedule_keeps_the_contract_of_a_schedule():
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.7, 1.0])
 def test_it_is_the_divergence_from_the_distribution_between(t):
     teacher, student = random_logits()
-    found = TAID(t).divergence(teacher.log_softmax(-1), student.log_softmax(-1))
+    values = TAID(t).divergence(teacher.log_softmax(-1), student.log_softmax(-1))
     between = softmax((1 - t) * student.numpy() + t * teacher.numpy(), axis=-1)
     expected = rel_entr(between, softmax(student.numpy(), axis=-1)).sum(-1)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-10, atol=1e-14)
 
 
 def test_at_the_teacher_it_is_forward_kl():
@@ -64,11 +64,11 @@ def test_t_follows_the_papers_algorithm():
     t, momentum, before = 0.2, 0.0, None
     for step, loss in enumerate(losses, start=1):
         line = 0.2 + 0.8 * step / 20
-        ahead = t
+        adapted = t
         if before is not None:
             momentum = 0.5 * momentum + 0.5 * (before - loss) / before
-            ahead = t + 0.9 * expit(momentum) * (1 - t)
-        t, before = min(1.0, max(line, ahead)), loss
+            adapted = t + 0.9 * expit(momentum) * (1 - t)
+        t, before = min(1.0, max(line, adapted)), loss
         schedule.update(Progress(step, 20), {"divergence": summary(loss)})
         assert float(schedule.value) == pytest.approx(t, rel=1e-12)
     assert t > line, "it has run ahead of the line"
@@ -88,12 +88,15 @@ def test_the_loss_hands_its_divergence_to_the_schedule():
     assert float(loss.schedule.value) > 0.6
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: TAID(1.5), r"TAID\.t must lie in \[0, 1\], got 1\.5"),
-    (lambda: Interpolation(start=1.0), r"Interpolation needs 0 <= start < end <= 1, got start 1\.0 and end 1\.0"),
-    (lambda: Interpolation(alpha=2.0), r"Interpolation\.alpha must lie in \[0, 1\], got 2\.0"),
-    (lambda: Interpolation(beta=1.0), r"Interpolation\.beta must lie in \[0, 1\), got 1\.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TAID(1.5), r"TAID\.t must lie in \[0, 1\], got 1\.5"),
+        (lambda: Interpolation(start=1.0), r"Interpolation needs 0 <= start < end <= 1, got start 1\.0 and end 1\.0"),
+        (lambda: Interpolation(alpha=2.0), r"Interpolation\.alpha must lie in \[0, 1\], got 2\.0"),
+        (lambda: Interpolation(beta=1.0), r"Interpolation\.beta must lie in \[0, 1\), got 1\.0"),
+    ],
+)
 def test_numbers_outside_their_range_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

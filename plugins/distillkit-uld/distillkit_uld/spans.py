@@ -1,53 +1,55 @@
-"""Where two tokenisations of one text have read the same."""
+"""Alignment of two tokenisations of the same text by character positions."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from distillkit.types import Tokenizer
 
 HALF = "�"
-"""What a tokenizer writes for a character that isn't whole yet."""
+"""Replacement character that a tokenizer decodes an incomplete character to."""
 
 
-def boundaries(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int | None]]:
-    """A text, and how many characters of it have been read before each of its tokens and after the last.
+def boundaries(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int | None]]:
+    """The text of tokens, and the number of characters before each token and after the last.
 
-    Each beginning of the tokens is decoded, which is quadratic in their number: a token alone does not tell its text,
-    which may begin with a space that only shows after another, or be a part of a character.
+    Every prefix of the tokens is decoded, which is quadratic in their number: the text of a token depends on its
+    context, because it may begin with a space that is dropped at the start, or be part of a character.
 
     Args:
         tokenizer: A transformers tokenizer.
-        ids: The tokens.
+        ids: Token ids.
 
     Returns:
-        The text, and a number for each place from 0 to the number of tokens; None within a character.
+        The text, and the number of characters at each boundary from 0 to the number of tokens; None inside a character.
     """
     text = _decoded(tokenizer, ids)
-    found: list[int | None] = []
-    for place in range(len(ids) + 1):
-        beginning = _decoded(tokenizer, ids[:place])
-        found.append(len(beginning) if text.startswith(beginning) else None)
-    return text, found
+    num_chars: list[int | None] = []
+    for boundary in range(len(ids) + 1):
+        prefix = _decoded(tokenizer, ids[:boundary])
+        num_chars.append(len(prefix) if text.startswith(prefix) else None)
+    return text, num_chars
 
 
 def aligned(student: Sequence[int | None], teacher: Sequence[int | None], same: int) -> list[int | None]:
-    """The teacher's place for each of the student's, where both have read the same; None where they haven't.
+    """For each token boundary of the student, the teacher's boundary after the same text; None if there is none.
 
     Args:
-        student: Characters read at each place of the student's tokens.
-        teacher: The same of the teacher's.
-        same: Characters that both texts begin with alike.
+        student: Number of characters before each boundary of the student's tokens.
+        teacher: The same for the teacher's tokens.
+        same: Length of the common prefix of both texts, in characters.
     """
-    places: dict[int, int] = {}
-    for place, read in enumerate(teacher):
-        if read is not None and read <= same:
-            places.setdefault(read, place)
-    return [None if read is None else places.get(read) for read in student]
+    boundary_at: dict[int, int] = {}  # number of characters -> the teacher's first boundary there
+    for boundary, num_chars in enumerate(teacher):
+        if num_chars is not None and num_chars <= same:
+            boundary_at.setdefault(num_chars, boundary)
+    return [None if num_chars is None else boundary_at.get(num_chars) for num_chars in student]
 
 
-def common(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def common(first: str, second: str) -> int:
+    """Length of the common prefix of two texts, in characters."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text.rstrip(HALF) + HALF if text.endswith(HALF) else text

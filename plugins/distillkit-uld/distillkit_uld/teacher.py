@@ -1,27 +1,26 @@
-"""A teacher that reads the student's text in tokens of its own."""
+"""Cross-tokenizer teacher: it scores the student's text in its own tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distillkit.data.chat import require_chat_template
-from distillkit.data.collate import collate
+from distillkit.data import collate, require_chat_template
 from distillkit.errors import DataError
-from distillkit.models.tokenizers import eos_ids
-from distillkit.teachers.in_process import TransformersTeacher
-from distillkit.types import Batch, Message, Prompts, Row, Scores
+from distillkit.models import eos_ids
+from distillkit.teachers import TransformersTeacher
+from distillkit.types import Batch, Message, Prompts, Row, Scores, Tokenizer
 from distillkit_uld.spans import aligned, boundaries, common
 
 
 @dataclass(frozen=True)
 class AlignedScores(Scores):
-    """A teacher's scores at the student's positions, where both have read the same text.
+    """A teacher's scores at the student's positions, valid where both predict what follows the same text.
 
     Args:
-        aligned: `[N]` whether that is so; elsewhere the scores are of some other position.
+        aligned: `[N]` bool, True where the scores are valid; elsewhere they belong to an arbitrary position.
     """
 
     aligned: Tensor | None = None
@@ -30,13 +29,13 @@ class AlignedScores(Scores):
 class CrossTokenizerTeacher(TransformersTeacher):
     """A model with another tokenizer: it reads prompt and response by its own template and tokens.
 
-    Positions of the two are aligned by text: where a token of the student begins at a character at which one of the
-    teacher's begins too, both predict what comes after the same text. The end of a turn is one of these places.
+    Positions are aligned by text: where a token of the student and a token of the teacher begin at the same character,
+    both models predict what follows the same text. The end of the turn is aligned too.
 
     Args:
-        source: As of `TransformersTeacher`.
-        dtype: As of `TransformersTeacher`.
-        attn_implementation: As of `TransformersTeacher`.
+        source: The teacher's model, as for `TransformersTeacher`.
+        dtype: Type of the weights, as for `TransformersTeacher`.
+        attn_implementation: Attention implementation, as for `TransformersTeacher`.
     """
 
     shares_tokens = False
@@ -49,61 +48,63 @@ class CrossTokenizerTeacher(TransformersTeacher):
     ) -> None:
         super().__init__(source, dtype, attn_implementation)
         self._rows: dict[bytes, tuple[Row, list[int | None]]] = {}
-        self._before: dict[bytes, tuple[Row, list[int | None]]] = {}
+        self._previous: dict[bytes, tuple[Row, list[int | None]]] = {}
 
-    def meet(self, tokenizer: Any, prompts: Prompts) -> None:
-        """Keeps what is needed to read rows."""
-        self._student, self._own = tokenizer, self.tokenizer()
+    def prepare_alignment(self, tokenizer: Tokenizer, prompts: Prompts) -> None:
+        """Stores both tokenizers and the messages of the prompts."""
+        self._student_tokenizer, self._tokenizer = tokenizer, self.tokenizer()
         self._messages: dict[str, Sequence[Message]] = {prompt.id: prompt.messages for prompt in prompts}
         self._chat = bool(getattr(tokenizer, "chat_template", None))
-        require_chat_template(self._own, self._chat)
+        require_chat_template(self._tokenizer, self._chat)
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """Reads a round's rows; those of the round before stay."""
-        self._before, self._rows = self._rows, {row.key: self._read(row) for row in rows}
+        """Tokenises a round's rows for the teacher; rows of the previous round stay available."""
+        self._previous, self._rows = self._rows, {row.key: self._read(row) for row in rows}
 
     @torch.no_grad()
     def score(self, batch: Batch) -> AlignedScores:
-        """Scores of the batch's N response positions, of those places that are aligned with them."""
-        found = [self._rows.get(key) or self._before[key] for key in batch.keys]
-        own = collate([row for row, _ in found], self._own.pad_token_id).to(batch.input_ids.device)
-        scores = super().score(own)
+        """Scores of the batch's N response positions, taken from the teacher's aligned positions."""
+        rows = [self._rows.get(key) or self._previous[key] for key in batch.keys]
+        teacher_batch = collate([row for row, _ in rows], self._tokenizer.pad_token_id).to(batch.input_ids.device)
+        scores = super().score(teacher_batch)
         index: list[int] = []
-        same: list[bool] = []
+        is_aligned: list[bool] = []
         start = 0
-        for (_, places), length in zip(found, own.lengths, strict=True):
-            index += [start + (place or 0) for place in places]
-            same += [place is not None for place in places]
+        for (_, positions), length in zip(rows, teacher_batch.lengths, strict=True):
+            index += [start + (position or 0) for position in positions]
+            is_aligned += [position is not None for position in positions]
             start += length
-        chosen = torch.tensor(index, dtype=torch.long, device=batch.input_ids.device)
-        mask = torch.tensor(same, dtype=torch.bool, device=batch.input_ids.device)
+        chosen = torch.tensor(index, dtype=torch.long).to(batch.input_ids.device, non_blocking=True)
+        mask = torch.tensor(is_aligned, dtype=torch.bool).to(batch.input_ids.device, non_blocking=True)
         return AlignedScores(scores.hidden[chosen], scores.head, scores.vocab, aligned=mask)
 
     def _read(self, row: Row) -> tuple[Row, list[int | None]]:
-        """The row in the teacher's tokens, and its place for each of the student's positions."""
+        """The row in the teacher's tokens, and for each response position of the student the aligned one or None."""
         start = row.response_mask.index(True) if any(row.response_mask) else len(row.input_ids)
         if not all(row.response_mask[start:]) or row.prompt_id not in self._messages:
             raise DataError(
-                f"CrossTokenizerTeacher reads a prompt of the data and one response to it, and the row of prompt "
-                f"{row.prompt_id} has several turns that are trained on, or another prompt."
+                "CrossTokenizerTeacher scores one response to a prompt of the training data, but the row of prompt "
+                f"{row.prompt_id} has several trained turns, or a prompt that is not in the data."
             )
         ids = row.input_ids[start:]
-        ended = bool(ids) and ids[-1] in eos_ids(self._student, None)
-        text, read = boundaries(self._student, ids[:-1] if ended else ids)
-        answer = self._own(text, add_special_tokens=False)["input_ids"]
-        own_text, own_read = boundaries(self._own, answer)
-        answer += [self._own.eos_token_id] if ended else []
-        places = aligned(read if ended else read[:-1], own_read if ended else own_read[:-1], common(text, own_text))
+        ended = bool(ids) and ids[-1] in eos_ids(self._student_tokenizer, None)
+        text, student_chars = boundaries(self._student_tokenizer, ids[:-1] if ended else ids)
+        answer = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        teacher_text, teacher_chars = boundaries(self._tokenizer, answer)
+        answer += [self._tokenizer.eos_token_id] if ended else []
+        if not ended:  # nothing is predicted after the last token
+            student_chars, teacher_chars = student_chars[:-1], teacher_chars[:-1]
+        positions = aligned(student_chars, teacher_chars, common(text, teacher_text))
         prompt = self._prompt(self._messages[row.prompt_id])
         mask = (False,) * len(prompt) + (True,) * len(answer)
-        if not answer:  # no position of the teacher's: nothing is aligned
-            prompt, mask, places = [*prompt, self._own.eos_token_id], (*mask, True), [None] * len(ids)
-        return replace(row, input_ids=(*prompt, *answer), response_mask=mask), places
+        if not answer:  # the teacher has no response position: nothing is aligned
+            prompt, mask, positions = [*prompt, self._tokenizer.eos_token_id], (*mask, True), [None] * len(ids)
+        return replace(row, input_ids=(*prompt, *answer), response_mask=mask), positions
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         if not self._chat:
-            return list(self._own(messages[-1]["content"])["input_ids"])
-        text = self._own.apply_chat_template(
-            [dict(own) for own in messages], add_generation_prompt=True, tokenize=False
+            return list(self._tokenizer(messages[-1]["content"])["input_ids"])
+        text = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
         )
-        return list(self._own(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,10 +1,5 @@
-"""Callbacks: checkpoints, budgets, throughput, answers side by side, and the exported model."""
+"""Callbacks: checkpoints, budgets, throughput, held-out answers, and the exported model."""
 
-from distillkit.callbacks.answers import Answers
-from distillkit.callbacks.budget import Budget
-from distillkit.callbacks.checkpoint import RunCheckpoint
-from distillkit.callbacks.export import Export
-from distillkit.callbacks.finite import FiniteLoss
-from distillkit.callbacks.throughput import Throughput
+import lazy_loader
 
-__all__ = ["Answers", "Budget", "Export", "FiniteLoss", "RunCheckpoint", "Throughput"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

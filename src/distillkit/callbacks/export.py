@@ -1,16 +1,25 @@
-"""The trained student as a transformers folder."""
+"""Export of the trained student as a transformers folder."""
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-from lightning import Callback
+import torch
+from lightning import Callback, Trainer
 
-from distillkit.callbacks.card import model_card
-from distillkit.callbacks.curves import draw, read_metrics
-from distillkit.models.checkpoint import quiet
-from distillkit.models.loading import merge_lora
+from distillkit.callbacks.model_card import model_card
+from distillkit.callbacks.plots import draw
+from distillkit.data.chat_templates import TEACHER
+from distillkit.errors import ConfigError
+from distillkit.models.export import check_export, export_model, stored_dtype
+from distillkit.models.finite import require_finite
+from distillkit.models.loading import DTYPES
 from distillkit.models.scoring import base_model
+from distillkit.run_folder import CURVES, EXPORT, read_metrics
+from distillkit.types import Tokenizer
+
+if TYPE_CHECKING:
+    from distillkit.training.module import DistillModule
 
 _log = logging.getLogger(__name__)
 
@@ -19,39 +28,110 @@ class Export(Callback):
     """Writes `export`, a folder that `AutoModelForCausalLM.from_pretrained` loads, and `curves.png` when training ends.
 
     The folder holds safetensors (a LoRA adapter merged), tokenizer, chat template, generation config and a model card
-    with the method, the data and the measured figures.
+    with the method, the data and the held-out metrics. It appears only once the model was read back from it and has the
+    logits of the trained one. Whatever can be known at the start is checked there. A run with `fast_dev_run` exports
+    nothing.
 
     Args:
-        folder: Where to; None is `export` in the run's folder.
+        folder: Target folder; None is `export` in the run's folder.
+        dtype: Type of the stored weights; None is the type in which the student's source stores its weights, so that
+            the export has the source's size.
+        adapter_only: Whether the LoRA adapter alone is written, as peft loads it onto the student's source.
+
+    Raises:
+        ConfigError: If `dtype` is unknown, or set for an adapter, which keeps the type that it was trained in.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        adapter_only: bool = False,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"Export.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if adapter_only and dtype is not None:
+            raise ConfigError("Export.dtype is that of a merged model: leave it out, or set adapter_only to false.")
+        self.folder, self.dtype, self.adapter_only = folder, dtype, adapter_only
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """On the first rank."""
+    def setup(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+        """Checks the settings against those of the student, before any model is loaded.
+
+        Raises:
+            ConfigError: If an adapter is to be exported and there is none, or none that fits its source.
+        """
+        student = pl_module.student_spec
+        if stage != "fit" or not self.adapter_only:
+            return
+        if student.lora is None:
+            raise ConfigError("Export.adapter_only needs adapters: set model.student.lora, or leave it out.")
+        if student.keep_layers is not None:
+            raise ConfigError(
+                "Export.adapter_only can't be used with model.student.keep_layers: the adapter would not fit the "
+                "source, which has all layers. Leave it out."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+        """Saves all but the weights on every rank, to find out now whether that can be done.
+
+        Raises:
+            ConfigError: If the folder can't be written.
+            ModelError: If the generation config has a fault.
+        """
+        student = pl_module.student_spec
+        removed = check_export(pl_module.student, student, self._tokenizer(pl_module), self._target(trainer))
+        if removed:
+            names = ", ".join(removed)
+            _log.info("The generation config of %s sets %s without effect; the export does not.", student.source, names)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+        """Exports the student on the first rank.
+
+        Raises:
+            ModelError: If a weight is NaN or infinite, or the model that would be reloaded differs from the trained
+                one; an earlier export is left as it was.
+        """
         if not trainer.is_global_zero:
             return
-        root = Path(trainer.default_root_dir)
-        folder = Path(self.folder) if self.folder else root / "export"
-        folder.mkdir(parents=True, exist_ok=True)
-        model = base_model(merge_lora(pl_module.student))
-        with quiet():
-            model.save_pretrained(folder)
-            pl_module.tokenizer.save_pretrained(folder)
-        card = model_card(pl_module, trainer)
-        (folder / "README.md").write_text(card)
-        name = f"{type(pl_module.loss).__name__}: {root.name}"
-        draw(read_metrics(root), root / "curves.png", name)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it through a connector
+            _log.info("trainer.fast_dev_run: the student is not exported.")
+            return
+        require_finite(pl_module.student, "the student")
+        root, folder, student = Path(trainer.default_root_dir), self._target(trainer), pl_module.student_spec
+        dtype = stored_dtype(student.source, student.options) if self.dtype is None else DTYPES[self.dtype]
+        card = {"README.md": model_card(pl_module, trainer)}
+        tokenizer = self._tokenizer(pl_module)
+        divergence = export_model(pl_module.student, student, tokenizer, folder, dtype, self.adapter_only, card)
+        trained_dtype = base_model(pl_module.student).dtype
+        if not self.adapter_only and torch.finfo(dtype).eps > torch.finfo(trained_dtype).eps:
+            names = [str(name).removeprefix("torch.") for name in (dtype, trained_dtype)]
+            reason = f"the type of {student.source}" if self.dtype is None else "Export.dtype"
+            _log.info(
+                "The export is in %s (%s), rounded from %s: KL %.2g nats per token. Export.dtype chooses another type.",
+                names[0],
+                reason,
+                names[1],
+                divergence,
+            )
+        draw(read_metrics(root), root / CURVES, f"{type(pl_module.loss).__name__}: {root.name}", pl_module.schedules)
         _log.info("%s", summary(pl_module.history))
-        _log.info("The student is in %s, its curves in %s.", folder, root / "curves.png")
+        _log.info("The student is in %s, its curves in %s.", folder, root / CURVES)
+
+    def _target(self, trainer: Trainer) -> Path:
+        return Path(self.folder).expanduser() if self.folder else Path(trainer.default_root_dir) / EXPORT
+
+    def _tokenizer(self, pl_module: "DistillModule") -> Tokenizer:
+        """The student's tokenizer as it is read from its source, with the run's template but without a fixed date."""
+        student, teacher = pl_module.student_spec, pl_module.same_vocab_teacher
+        needs_teacher = teacher is not None and student.chat_template == TEACHER
+        return student.tokenizer(teacher.tokenizer() if needs_teacher and teacher is not None else None, pads=False)
 
 
 def summary(history: list[dict[str, float]]) -> str:
-    """First and last held-out figures, one after the other."""
+    """The first and the last held-out metrics in one line."""
     if not history:
-        return "No held-out figures: the run had no validation prompts."
+        return "No held-out metrics: no validation was run."
     first, last = history[0], history[-1]
     names = [name for name in last if name != "step"]
-    figures = [f"{name.removeprefix('val/')} {first[name]:.3f} -> {last[name]:.3f}" for name in names if name in first]
-    return f"Held-out, step {first['step']:.0f} -> {last['step']:.0f}: " + ", ".join(figures)
+    changes = [f"{name.removeprefix('val/')} {first[name]:.3f} -> {last[name]:.3f}" for name in names if name in first]
+    return f"Held-out, step {first['step']:.0f} -> {last['step']:.0f}: " + ", ".join(changes)

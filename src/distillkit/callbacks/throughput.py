@@ -1,92 +1,103 @@
-"""How fast training goes, and what it makes of the device."""
+"""Throughput of training: tokens per second, model FLOPs utilisation and peak memory."""
 
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from lightning import Callback
+from lightning import Callback, Trainer
 
-from distillkit.evaluation.flops import ModelFlops, arithmetic_type, matrix_rate, model_flops
+from distillkit.callbacks.flops import ModelFlops, arithmetic_type, matrix_rate, model_flops
+from distillkit.devices.streams import backend
 from distillkit.types import Batch
+
+if TYPE_CHECKING:
+    from distillkit.training.module import DistillModule
 
 _log = logging.getLogger(__name__)
 
+_Mark: TypeAlias = Any
+"""A point in time: seconds as a float on the CPU, an event of the device elsewhere."""
+
 
 class Throughput(Callback):
-    """Logs how fast training goes: means over the log interval, of one rank, without validation and generation.
+    """Logs the training throughput: means over the log interval, of one rank, without validation and generation.
 
-    `train/tokens_per_s` counts response positions, and `train/body_tokens_per_s` all tokens that go through the
-    student's body: with prompts, and with padding where it is given padded rows. `train/mfu` is the share, in percent,
-    of the rate at which the device multiplies large matrices, measured when training starts, that the FLOPs of student
-    and teacher reach (`distillkit.evaluation.flops` counts them); a teacher whose scores are on disk has those of its
-    head alone. `train/peak_memory_gb` is the most memory used so far, in 10⁹ bytes: of the GPU by tensors, or of the
-    machine by the process (on Linux).
+    `train/tokens_per_s` counts response positions, and `train/body_tokens_per_s` all tokens that pass through the
+    student's body, including prompts and the padding of padded rows. `train/mfu` is the FLOP rate of student and
+    teacher (counted by `distillkit.callbacks.flops`) in percent of the rate at which the device multiplies large
+    matrices, measured when training starts; a teacher with scores on disk counts only its head.
+    `train/peak_memory_gb` is the peak memory so far, in 10⁹ bytes: of tensors on the GPU, or of the process on the CPU
+    (on Linux).
     """
 
     def __init__(self) -> None:
         self._student, self._teacher = ModelFlops(), ModelFlops()
         self._rate = 0.0
-        self._marks: list[tuple[Any, Any]] = []  # start and end of each micro-batch of the interval
+        self._marks: list[tuple[_Mark, _Mark]] = []  # start and end of each micro-batch of the interval
         self._positions, self._tokens, self._flops = 0, 0, 0.0
         self._step = 0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Counts what a token costs, and measures the device."""
+    def on_train_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+        """Counts the FLOPs per token, and measures the device's rate."""
         student, teacher = pl_module.student, pl_module.teacher if pl_module.loss.needs_teacher else None
         self._student = model_flops(student, trained=True)
-        self._teacher = model_flops(None if teacher is None else teacher.scorer, trained=False)
+        self._teacher = model_flops(None if teacher is None else teacher.scoring_module, trained=False)
         weight = next(student.parameters())
         dtype = arithmetic_type(weight, trainer.precision_plugin.forward_context())
         self._rate, width = matrix_rate(weight.device, dtype)
         name = str(dtype).removeprefix("torch.")
-        _log.info("a product of two %d × %d matrices in %s: %.4g TFLOP/s", width, width, name, self._rate / 1e12)
+        _log.info("Multiplying two %d × %d matrices in %s reaches %.4g TFLOP/s.", width, width, name, self._rate / 1e12)
         self._start_over(trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: "DistillModule", batch: Batch, batch_idx: int) -> None:
         """Starts the clock."""
         self._marks.append((_mark(pl_module.device), None))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Stops it, and logs if this was the last micro-batch of an interval: nothing waits for a GPU before that."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: "DistillModule", outputs: object, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stops the clock, and logs after the last micro-batch of an interval: only then does it wait for a GPU."""
         self._marks[-1] = (self._marks[-1][0], _mark(pl_module.device))
         self._positions += batch.num_tokens
         self._tokens += self._student.tokens(batch)
         self._flops += self._student.of(batch) + self._teacher.of(batch)
-        step, interval = trainer.global_step, trainer.log_every_n_steps
+        step = trainer.global_step
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it through a connector
         if step != self._step and interval and step % interval == 0:
-            for name, value in self._figures(pl_module.device).items():
-                # On the host: the progress bar reads its figures after each micro-batch.
+            for name, value in self._metrics(pl_module.device).items():
+                # On the host: the progress bar reads its metrics after each micro-batch.
                 pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=name == "tokens_per_s")
             self._start_over(step)
 
-    def _figures(self, device: torch.device) -> dict[str, float]:
+    def _metrics(self, device: torch.device) -> dict[str, float]:
         seconds = _seconds(self._marks)
-        figures = {
+        metrics = {
             "tokens_per_s": self._positions / seconds,
             "body_tokens_per_s": self._tokens / seconds,
             "mfu": 100.0 * self._flops / seconds / self._rate,
         }
         peak = _peak_memory(device)
-        return figures if peak is None else figures | {"peak_memory_gb": peak / 1e9}
+        return metrics if peak is None else metrics | {"peak_memory_gb": peak / 1e9}
 
     def _start_over(self, step: int) -> None:
         self._marks, self._positions, self._tokens, self._flops = [], 0, 0, 0.0
         self._step = step
 
 
-def _mark(device: torch.device) -> Any:
-    """Now: on a GPU an event, which happens when what was queued before it is done."""
-    if device.type != "cuda":
+def _mark(device: torch.device) -> _Mark:
+    """The current time; on a GPU an event that is reached once the work queued before it is done."""
+    module = backend(device)
+    if module is None:
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
+    event = module.Event(enable_timing=True)
+    event.record(module.current_stream(device))
     return event
 
 
-def _seconds(marks: list[tuple[Any, Any]]) -> float:
-    """The sum of the times between two marks; waits for the last."""
+def _seconds(marks: list[tuple[_Mark, _Mark]]) -> float:
+    """The sum of the seconds between each pair of marks; waits for the last mark."""
     if isinstance(marks[-1][1], float):
         return float(sum(end - start for start, end in marks))
     marks[-1][1].synchronize()
@@ -94,9 +105,11 @@ def _seconds(marks: list[tuple[Any, Any]]) -> float:
 
 
 def _peak_memory(device: torch.device) -> float | None:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Peak memory in bytes; None if it can't be measured."""
+    module = backend(device)
+    if module is not None:
+        peak: float = module.max_memory_allocated(device)
+        return peak
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     peaks = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]

@@ -1,25 +1,29 @@
-"""The `distillkit` command: each verb imports what it needs, when it is used."""
+"""The `distillkit` command. Each verb imports its own modules when it runs, so that the command starts fast."""
 
+import io
+import os
 import sys
 
 from distillkit.errors import DistillKitError
 
 VERBS = {
     "fit": "train a student",
-    "curate": "write the responses of the first round ahead of training",
+    "curate": "generate the responses of the first round before training",
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
-    "evaluate": "measure a student on held-out prompts, and write down what was found",
-    "compare": "train several methods at equal cost, and write a report of them",
-    "store": "look into response stores, join and export them",
+    "evaluate": "measure a student on held-out prompts and write its metrics to a file",
+    "export": "write the student of a checkpoint as a transformers folder",
+    "compare": "train several methods at equal cost and write a report",
+    "store": "inspect, merge and export response stores, and verify stored files",
     "plugins": "list the installed parts",
-    "new-plugin": "write a package with a part of your own",
+    "new-plugin": "create a package for your own part",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; an error raised on purpose becomes one line and exit status 1."""
+    """Runs a verb and returns the exit status. A `DistillKitError` is printed as one line, with exit status 1."""
     arguments = sys.argv[1:] if argv is None else argv
+    _show_any_character()
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help"):
         print(_usage())
@@ -30,44 +34,64 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distillkit {__version__}")
         return 0
     try:
-        if verb == "plugins":
-            from distillkit.cli import plugins
-
-            return plugins.run(rest)
-        if verb == "new-plugin":
-            from distillkit.cli import new_plugin
-
-            return new_plugin.run(rest)
-        if verb == "store":
-            from distillkit.cli import store
-
-            return store.run(rest)
-        if verb == "curate":
-            from distillkit.cli import curate
-
-            return curate.run(rest)
-        if verb == "compare":
-            from distillkit.cli import compare
-
-            return compare.run(rest)
-        if verb == "evaluate":
-            from distillkit.cli import evaluate
-
-            return evaluate.run(rest)
-        if verb in VERBS:
-            from distillkit.cli import train
-
-            return train.run(verb, rest)
+        return _run(verb, rest)
     except DistillKitError as error:
-        print(f"distillkit {verb}: error: {error}", file=sys.stderr)
-        return 1
-    print(f"distillkit: error: unknown verb {verb!r}: use one of {', '.join(VERBS)}.", file=sys.stderr)
-    return 2
+        return _fail(verb, str(error))
+    except OSError as error:
+        if os.environ.get("DISTILLKIT_TRACEBACK"):
+            raise
+        return _fail(verb, f"{_cause(error)}. Set DISTILLKIT_TRACEBACK=1 to see where.")
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    """Imports a verb's modules and runs it."""
+    if verb == "plugins":
+        from distillkit.cli import plugins
+
+        return plugins.run(rest)
+    if verb == "new-plugin":
+        from distillkit.cli import new_plugin
+
+        return new_plugin.run(rest)
+    if verb == "store":
+        from distillkit.cli import store
+
+        return store.run(rest)
+    if verb == "export":
+        from distillkit.cli import export
+
+        return export.run(rest)
+    if verb not in VERBS:
+        print(f"distillkit: error: unknown verb {verb!r}. Use one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    from distillkit.cli.stoppable import run
+
+    return run(verb, rest)
+
+
+def _show_any_character() -> None:
+    """Has characters that the terminal's encoding lacks printed as escapes, where that is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fail(verb: str, message: str) -> int:
+    print(f"distillkit {verb}: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _cause(error: OSError) -> str:
+    """What the operating system refused: the reason and the file."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}: {error.filename}" if error.filename is not None else reason
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
-    return "\n".join(["usage: distillkit VERB ...", "", *lines, "", "distillkit VERB --help says more."])
+    lines = [f"  {verb:<10} {summary}" for verb, summary in VERBS.items()]
+    return "\n".join(
+        ["usage: distillkit VERB ...", "", *lines, "", "Run `distillkit VERB --help` for the options of a verb."]
+    )
 
 
 if __name__ == "__main__":

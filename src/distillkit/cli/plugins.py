@@ -1,4 +1,4 @@
-"""`distillkit plugins [KIND]`: the installed parts, from metadata and source alone; none of them is imported."""
+"""`distillkit plugins [KIND]`: lists the installed parts from metadata and source code, without importing them."""
 
 import argparse
 import json
@@ -13,24 +13,24 @@ HEADER = ("NAME", "KIND", "DISTRIBUTION", "VERSION", "SUMMARY")
 
 
 def run(argv: list[str]) -> int:
-    """Prints the installed parts and marks names that two of them share.
+    """Prints the installed parts and marks names that several parts share.
 
     Args:
-        argv: The arguments after `distillkit plugins`.
+        argv: Command-line arguments after `distillkit plugins`.
 
     Returns:
         The exit status, 0.
 
     Raises:
-        PluginError: If there is no such kind.
+        PluginError: If the kind does not exist.
     """
     arguments = _parser().parse_args(argv)
-    found = entries(arguments.kind)
-    rivals = _rivals(found)
+    parts = entries(arguments.kind)
+    namesakes = _namesakes(parts)
     if arguments.json:
-        print(json.dumps([_record(entry, rivals[entry]) for entry in found], indent=2, ensure_ascii=False))
-    elif found:
-        print("\n".join(_table(found, rivals) + _notes(rivals)))
+        print(json.dumps([_record(part, namesakes[part]) for part in parts], indent=2, ensure_ascii=False))
+    elif parts:
+        print("\n".join(_table(parts, namesakes) + _notes(namesakes)))
     else:
         print(f"No {arguments.kind or 'part'} is installed.")
     return 0
@@ -39,40 +39,40 @@ def run(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distillkit plugins",
-        description="Lists the installed parts: distillkit's own and those that plugins bring. Imports none of them.",
+        description="Lists the installed parts: the built-in ones and those of plugins. Imports none of them.",
         allow_abbrev=False,
     )
-    parser.add_argument("kind", nargs="?", metavar="KIND", help=f"only the parts of one kind: {', '.join(KINDS)}")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of a table")
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=f"list only one kind of part: {', '.join(KINDS)}")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
-def _rivals(found: Sequence[Entry]) -> dict[Entry, list[Entry]]:
-    """For each part, all parts of its kind and name, itself included."""
-    named = defaultdict(list)
-    for entry in found:
-        named[entry.kind, entry.name].append(entry)
-    return {entry: named[entry.kind, entry.name] for entry in found}
+def _namesakes(parts: Sequence[Entry]) -> dict[Entry, list[Entry]]:
+    """For each part, all parts with its kind and name, itself included."""
+    by_name = defaultdict(list)
+    for part in parts:
+        by_name[part.kind, part.name].append(part)
+    return {part: by_name[part.kind, part.name] for part in parts}
 
 
-def _record(entry: Entry, rivals: Sequence[Entry]) -> dict[str, str | list[str]]:
+def _record(part: Entry, namesakes: Sequence[Entry]) -> dict[str, str | list[str]]:
     return {
-        "name": entry.name,
-        "kind": entry.kind,
-        "distribution": entry.distribution,
-        "version": entry.version,
-        "target": entry.target,
-        "summary": summary(entry),
-        "also_from": [rival.origin for rival in rivals if rival != entry],
+        "name": part.name,
+        "kind": part.kind,
+        "distribution": part.distribution,
+        "version": part.version,
+        "target": part.target,
+        "summary": summary(part),
+        "also_from": [namesake.origin for namesake in namesakes if namesake != part],
     }
 
 
-def _table(found: Sequence[Entry], rivals: dict[Entry, list[Entry]]) -> list[str]:
-    """Lines of aligned columns, cut to the terminal's width if there is a terminal."""
+def _table(parts: Sequence[Entry], namesakes: dict[Entry, list[Entry]]) -> list[str]:
+    """Lines of aligned columns, truncated to the terminal's width if the output is a terminal."""
     rows = [HEADER]
-    for entry in found:
-        mark = " *" if len(rivals[entry]) > 1 else ""
-        rows.append((entry.name + mark, entry.kind, entry.distribution, entry.version, summary(entry)))
+    for part in parts:
+        mark = " *" if len(namesakes[part]) > 1 else ""
+        rows.append((part.name + mark, part.kind, part.distribution, part.version, summary(part)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     if not sys.stdout.isatty():
@@ -81,11 +81,11 @@ def _table(found: Sequence[Entry], rivals: dict[Entry, list[Entry]]) -> list[str
     return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
 
-def _notes(rivals: dict[Entry, list[Entry]]) -> list[str]:
-    """A line for each name that several parts share."""
-    shared = {(parts[0].kind, parts[0].name): parts for parts in rivals.values() if len(parts) > 1}
+def _notes(namesakes: dict[Entry, list[Entry]]) -> list[str]:
+    """One line for each name that several parts share."""
+    shared = {(parts[0].kind, parts[0].name): parts for parts in namesakes.values() if len(parts) > 1}
     return [
-        f"* The {kind} {name} comes from {' and '.join(part.origin for part in parts)}: "
-        "using this name is an error until all but one are uninstalled; their full paths can be used."
+        f"* The {kind} {name} comes from {' and '.join(part.origin for part in parts)}. "
+        "This name is ambiguous: uninstall all but one, or use the full path of the class."
         for (kind, name), parts in shared.items()
     ]

@@ -1,28 +1,37 @@
-"""`distillkit store info | show | merge | export`: looks into response stores; imports neither torch nor lightning."""
+"""`distillkit store info | show | merge | export | verify`: response stores; imports neither torch nor lightning."""
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distillkit.cli.store_rows import chosen_keys, open_store, stored_rows
-from distillkit.errors import ConfigError
-from distillkit.store_index import PROMPTS, Catalog
+from distillkit.errors import ConfigError, StoreError, readable
+from distillkit.storage.index import Catalog
+from distillkit.storage.rows import chosen_keys, open_store, stored_rows
+from distillkit.storage.shards import PROMPTS
 
 HEADER = ("WRITER", "MODEL", "ROUND", "SAMPLING", "RESPONSES", "TOKENS", "CUT", "SHARDS", "SIZE")
 
 
+Handler = Callable[[argparse.Namespace], Sequence[str]]
+"""Executes a verb and returns the lines to print."""
+
+
 def run(argv: list[str]) -> int:
-    """Does what the arguments after `distillkit store` say.
+    """Runs `distillkit store` and prints its output.
+
+    Args:
+        argv: Command-line arguments after `distillkit store`.
 
     Returns:
         The exit status, 0.
 
     Raises:
-        ConfigError: If an argument is wrong.
-        StoreError: If a store is missing or damaged, or two can't be one.
+        ConfigError: If an argument is invalid.
+        StoreError: If a store is missing or damaged, or stores can't be merged; the exit status is then 1.
     """
     arguments = _parser().parse_args(argv)
     print("\n".join(arguments.function(arguments)))
@@ -31,35 +40,40 @@ def run(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="distillkit store", description="Looks into response stores.", allow_abbrev=False
+        prog="distillkit store",
+        description="Inspects, merges, exports and verifies stores.",
+        allow_abbrev=False,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, text: str, function: Any, *places: tuple[str, str]) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-        for place, what in places:
-            added.add_argument(place, metavar=place.upper(), help=what)
-        added.set_defaults(function=function)
-        return added
+    def verb(name: str, text: str, function: Handler, *positionals: tuple[str, str]) -> argparse.ArgumentParser:
+        subparser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        for positional, description in positionals:
+            subparser.add_argument(positional, metavar=positional.upper(), help=description)
+        subparser.set_defaults(function=function)
+        return subparser
 
-    path = ("path", "the store: a folder, or another address of fsspec's, such as s3://…")
-    info = verb("info", "say who wrote how much", _info, path)
-    info.add_argument("--json", action="store_true", help="print JSON for programs instead of a table")
+    path = ("path", "the store: a folder, or another fsspec address such as s3://…")
+    info = verb("info", "count the responses and tokens of each writer, model and round", _info, path)
+    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     show = verb("show", "print some responses with their prompts", _show, path)
-    show.add_argument("--prompt", help="only those to prompts whose id begins so")
-    show.add_argument("--limit", type=int, default=5, help="how many at most (5)")
-    merge = verb("merge", "add what several stores hold to one", _merge, ("target", "the store that is added to"))
-    merge.add_argument("sources", metavar="SOURCE", nargs="+", help="a store that is read")
+    show.add_argument("--prompt", help="only responses to prompts whose id starts with this text")
+    show.add_argument("--limit", type=int, default=5, help="maximum number of responses (5)")
+    merge = verb("merge", "copy the content of several stores into one", _merge, ("target", "the store to add to"))
+    merge.add_argument("sources", metavar="SOURCE", nargs="+", help="a store to copy from")
     export = verb("export", "write responses as conversations to train on", _export, path)
     export.add_argument("out", metavar="OUT", type=Path, help="a new file, .jsonl or .jsonl.gz, or a new folder")
     export.add_argument(
         "--format", choices=("jsonl", "datasets"), default="jsonl", help="datasets: a folder for the hub"
     )
-    export.add_argument("--ended", action="store_true", help="leave out those that were cut")
-    export.add_argument("--tokens", action="store_true", help="with token ids and the writer's log-probabilities")
-    for chooser in (show, export):
-        chooser.add_argument("--writer", help="only those of one writer, such as teacher")
-        chooser.add_argument("--round", type=int, help="only those of one round")
+    export.add_argument("--ended", action="store_true", help="leave out truncated responses")
+    export.add_argument("--tokens", action="store_true", help="include token ids and the writer's log-probabilities")
+    root = ("path", "a store, a teacher cache, a run, or any folder above these; or the address of a store")
+    verify = verb("verify", "read every stored file and checkpoint, and say which are damaged", _verify, root)
+    verify.add_argument("--all", action="store_true", help="also name the files that are whole")
+    for subparser in (show, export):
+        subparser.add_argument("--writer", help="only responses by this writer, such as teacher")
+        subparser.add_argument("--round", type=int, help="only responses of this round")
     return parser
 
 
@@ -81,29 +95,35 @@ def _info(arguments: argparse.Namespace) -> list[str]:
 
 
 def _facts(catalog: Catalog) -> Iterator[dict[str, Any]]:
-    """What is to be said of each provenance."""
+    """One mapping per provenance: who generated the responses, how many, and their size."""
     for key in chosen_keys(catalog):
-        shards = [catalog.shards[number] for number in catalog.of_key(key)]
+        shards = [catalog.shards[number] for number in catalog.shard_indices(key)]
         counts = {name: sum(getattr(shard, name) for shard in shards) for name in ("tokens", "cut", "bytes")}
         generators = sorted({shard.generator for shard in shards if shard.generator})
         responses = sum(shard.responses for shard in shards)
         yield catalog.provenances[key] | {
-            "key": key, "generators": generators, "responses": responses, **counts, "shards": len(shards)
-        }  # fmt: skip
+            "key": key,
+            "generators": generators,
+            "responses": responses,
+            **counts,
+            "shards": len(shards),
+        }
 
 
 def _cells(fact: dict[str, Any]) -> tuple[str, ...]:
-    drawn = fact["sampling"]
-    how = "greedy" if drawn["temperature"] == 0 else f"T {drawn['temperature']:g}, top-p {drawn['top_p']:g}"
-    how += f", top-k {drawn['top_k']}" if drawn["top_k"] else ""
-    how += f", {drawn['max_new_tokens']} tokens, seed {drawn['seed']}"
+    settings = fact["sampling"]
+    sampling = (
+        "greedy" if settings["temperature"] == 0 else f"T {settings['temperature']:g}, top-p {settings['top_p']:g}"
+    )
+    sampling += f", top-k {settings['top_k']}" if settings["top_k"] else ""
+    sampling += f", {settings['max_new_tokens']} tokens, seed {settings['seed']}"
     counts = (str(fact[name]) for name in ("responses", "tokens", "cut", "shards"))
     model = fact["model"] if len(fact["model"]) <= 12 else f"{fact['model'][:11]}…"
-    return (fact["writer"], model, str(fact["round"]), how, *counts, _size(fact["bytes"]))
+    return (fact["writer"], model, str(fact["round"]), sampling, *counts, _size(fact["bytes"]))
 
 
 def _size(count: float) -> str:
-    """Bytes, readable."""
+    """A number of bytes with a readable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -116,30 +136,58 @@ def _show(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--limit must be at least 1, got {arguments.limit}.")
     catalog = open_store(arguments.path)
     rows = stored_rows(catalog, chosen_keys(catalog, arguments.writer, arguments.round))
-    wanted = (row for row in rows if row["prompt_id"].startswith(arguments.prompt or ""))
+    matches = (row for row in rows if row["prompt_id"].startswith(arguments.prompt or ""))
     lines: list[str] = []
-    for row in islice(wanted, arguments.limit):
-        lines += [*_shown(row), ""]
-    return lines[:-1] or ["no such response"]
+    for row in islice(matches, arguments.limit):
+        lines += [*_render(row), ""]
+    return lines[:-1] or ["no matching response"]
 
 
-def _shown(row: dict[str, Any]) -> list[str]:
+def _render(row: dict[str, Any]) -> list[str]:
+    """Lines that show a response below its prompt."""
     ended = "ended" if row["finish"] == "stop" else f"cut at {row['sampling']['max_new_tokens']}"
     head = f"{row['writer']}, round {row['round']}, prompt {row['prompt_id']}, {len(row['token_ids'])} tokens, {ended}"
-    asked = [f"[{one['role']}] {one['content']}" for one in row["messages"] or ()]
-    return [f"── {head}", *asked, f"[{row['writer']}] {row['text']}"]
+    prompt = [f"[{message['role']}] {message['content']}" for message in row["messages"] or ()]
+    return [f"── {head}", *(readable(text) for text in (*prompt, f"[{row['writer']}] {row['text']}"))]
 
 
 def _merge(arguments: argparse.Namespace) -> Sequence[str]:
-    from distillkit.cli.store_merge import merge
+    from distillkit.storage.merge import merge
 
     return merge(arguments.target, arguments.sources)
 
 
 def _export(arguments: argparse.Namespace) -> Sequence[str]:
-    from distillkit.cli.store_export import export
+    from distillkit.storage.export import export
 
     return export(
-        arguments.path, arguments.out, arguments.format,
-        arguments.writer, arguments.round, arguments.ended, arguments.tokens,
-    )  # fmt: skip
+        arguments.path,
+        arguments.out,
+        arguments.format,
+        arguments.writer,
+        arguments.round,
+        arguments.ended,
+        arguments.tokens,
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> Sequence[str]:
+    from distillkit.storage.verify import verify
+
+    whole: Counter[str] = Counter()
+    num_damaged = 0
+    for state in verify(arguments.path):
+        if state.problem:
+            print(state.problem)
+        elif not state.is_listed:
+            print(f"{state.file} is in no manifest, so nothing reads it: a killed process may have left it")
+        elif arguments.all:
+            print(f"{state.file} is whole")
+        num_damaged += bool(state.problem)
+        whole[state.kind] += state.is_listed and not state.problem
+    counts = [f"{count} whole files of {kind}" for kind, count in sorted(whole.items()) if count]
+    if num_damaged:
+        raise StoreError("; ".join([f"{num_damaged} files in {arguments.path} are damaged", *counts]) + ".")
+    if not counts:
+        raise StoreError(f"{arguments.path} has no store, teacher cache or checkpoint. Correct the path.")
+    return [f"{arguments.path}: {', '.join(counts)}"]

@@ -1,1 +1,5 @@
-"""Methods side by side: what their runs came to, how sure that is, and reports of it."""
+"""Comparisons of several methods: their runs, the statistics of their metrics, and reports."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,5 @@
-"""Curators: who writes the responses."""
+"""Curators: where the responses that are trained on come from."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,30 +1,29 @@
-"""Responses that are looked at before they are trained on."""
+"""Filtering of responses before they are trained on."""
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from distillkit.curators.filters import Empty, Repeated, ResponseFilter, Truncated
-from distillkit.curators.wrapped import WrappedCurator
+from distillkit.curators.base import WrappedCurator
+from distillkit.curators.filters import Empty, Repeated, Truncated
 from distillkit.errors import ConfigError, DataError
-from distillkit.generators.stored import elsewhere
-from distillkit.interfaces import Curator, Generator
+from distillkit.interfaces import Curator, Generator, ResponseFilter
 from distillkit.types import Prompts, Row
 
 _log = logging.getLogger(__name__)
 
 
 class FilteredCurator(WrappedCurator):
-    """Another curator's rows, of which those are not trained on that a filter refuses.
+    """The rows of another curator, with responses that a filter refuses excluded from training.
 
-    A prompt of several rows is left out as a whole if one of them is refused. It keeps its place in the round, and so
-    does every other prompt. The log says how many rows each filter refused; a row counts for the first one that does.
-    Of responses that other processes write, which are not here yet, nothing is said.
+    A prompt with several rows is left out entirely if one of them is refused; the order of the prompts in the round
+    does not change. The log says how many rows each filter refused; a row counts for the first filter that refuses it.
+    Responses that are still pending on other processes are not filtered.
 
     Args:
-        curator: The other curator.
-        filters: What responses are refused for; None is `Empty`, `Truncated` and `Repeated`.
+        curator: The wrapped curator.
+        filters: Filters that refuse responses; None is `Empty`, `Truncated` and `Repeated`.
 
     Raises:
         ConfigError: If `filters` is an empty list.
@@ -33,46 +32,60 @@ class FilteredCurator(WrappedCurator):
     def __init__(self, curator: Curator, filters: list[ResponseFilter] | None = None) -> None:
         super().__init__(curator)
         if filters is not None and not filters:
-            raise ConfigError("FilteredCurator.filters is empty: name some, or leave the curator around the other out.")
+            raise ConfigError(
+                "FilteredCurator.filters is empty: list at least one filter, or use the wrapped curator directly."
+            )
         self.filters: list[ResponseFilter] = [Empty(), Truncated(), Repeated()] if filters is None else filters
 
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
-        """The other curator's rows; the mask of each row of a refused prompt is False everywhere.
+        """The wrapped curator's rows; the mask of each row of a refused prompt is False everywhere.
 
         Raises:
             DataError: If every prompt of the round is refused.
         """
         rows = self.curator.curate(prompts, generators)
         size = len(rows) // len(prompts)
-        absent = {name for _, name in elsewhere(generators.values())}
+        num_pending = 0
         reasons: Counter[str] = Counter()
-        kept: list[Row] = []
+        filtered: list[Row] = []
         refused: list[Row] = []
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
-            if group[0].prompt_id in absent:
-                kept += group
+            if any(row.pending for row in group):
+                num_pending += 1
+                filtered += group
                 continue
-            found = [reason for row in group if (reason := self._reason(row))]
-            reasons.update(found)
-            if found:
+            group_reasons = [reason for row in group if (reason := self._reason(row))]
+            reasons.update(group_reasons)
+            if group_reasons:
                 refused.append(group[0])
                 group = [replace(row, response_mask=(False,) * len(row.response_mask)) for row in group]
-            kept += group
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none refused"
+            filtered += group
+        summary = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none refused"
         if len(refused) == len(prompts):
             raise DataError(
                 f"FilteredCurator refused the responses to all {len(prompts)} prompts of round {prompts.round} "
-                f"({told}): look at what was written, then raise max_new_tokens or change its filters."
+                f"({summary}): look at the responses, then raise max_new_tokens or change its filters."
             )
-        told += f"; {len(absent)} prompts are of other processes" if absent else ""
-        first = f"; the first left out is {refused[0].prompt_id}" if refused else ""
+        summary += f"; {num_pending} prompts are pending on other processes" if num_pending else ""
+        first = f"; the first left out is {_named(prompts, refused[0])}" if refused else ""
         _log.info(
             "FilteredCurator, round %d: %d of %d prompts left out; of %d rows %s%s",
-            prompts.round, len(refused), len(prompts), len(rows), told, first,
-        )  # fmt: skip
-        return kept
+            prompts.round,
+            len(refused),
+            len(prompts),
+            len(rows),
+            summary,
+            first,
+        )
+        return filtered
 
     def _reason(self, row: Row) -> str | None:
-        """Why a row is refused; None if it is not."""
-        return next((own.reason for own in self.filters if own.refuses(row)), None)
+        """The reason why a row is refused; None if it is not."""
+        return next((part.reason for part in self.filters if part.refuses(row)), None)
+
+
+def _named(prompts: Prompts, row: Row) -> str:
+    """The prompt of a row for messages: its origin, or its id where none is known, and how it begins."""
+    prompt = next(prompt for prompt in prompts if prompt.id == row.prompt_id)
+    return f"{prompt.origin or prompt.id} {prompt.excerpt}".rstrip()

@@ -1,4 +1,4 @@
-"""Several curators, each for a share of the prompts."""
+"""A mixture of curators, each for a share of the prompts."""
 
 import logging
 import math
@@ -7,8 +7,9 @@ from itertools import accumulate
 
 from torch import nn
 
-from distillkit.curators.brought import merged_generators
-from distillkit.curators.shares import RoundShare, drawn
+from distillkit.curators.base import merged_generators
+from distillkit.curators.shares import RoundShare, uniform_draw
+from distillkit.devices.seeds import resolve_seed
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Curator, Generator, Schedule
 from distillkit.types import Progress, Prompts, Row, Summary
@@ -19,134 +20,142 @@ _log = logging.getLogger(__name__)
 class MixedCurator(Curator):
     """Several curators, each of which answers a share of the prompts.
 
-    Which of them answers a prompt is drawn anew in each round, from the seed, the round and the prompt's id. With two
-    parts, the student's share is λ of Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1, which draws once for a
-    batch and not for each prompt.
+    The curator of each prompt is sampled anew in each round, from the seed, the round and the prompt's id. With two
+    parts, the student's share is λ of Agarwal et al. 2023 (GKD), arXiv 2306.13649, algorithm 1, which samples once per
+    batch instead of once per prompt.
 
     Args:
         parts: The curators, at least two.
-        shares: The share of each of them, in the same order; they sum to 1. Of two parts, a schedule of the first
-            one's, read when a round starts.
-        seed: Seed of the draws.
+        shares: Share of each part, in the same order; they sum to 1. With two parts, it may be a schedule for the share
+            of the first, read when a round starts.
+        seed: Seed of the random choice of curators; None is the seed of the run (`seed_everything`).
 
     Raises:
-        ConfigError: If there are fewer than two parts, the shares don't fit them, or parts write anew during training
-            and at different times.
+        ConfigError: If there are fewer than two parts, the shares don't match them, or parts regenerate during training
+            at different intervals.
     """
 
-    def __init__(self, parts: list[Curator], shares: list[float] | Schedule, seed: int = 0) -> None:
+    def __init__(self, parts: list[Curator], shares: list[float] | Schedule, seed: int | None = None) -> None:
         super().__init__()
         if len(parts) < 2:
             raise ConfigError(f"MixedCurator.parts needs at least two curators, got {len(parts)}.")
-        self.parts, self.seed = nn.ModuleList(parts), seed
+        self.parts, self.seed = nn.ModuleList(parts), resolve_seed(seed)
         self.shares, self.first = _checked(shares, len(parts))
         self.needs_reference = any(part.needs_reference for part in parts)
         moving = {part.rounds for part in parts} - {"once"}
         if len(moving) > 1:
-            found = ", ".join(str(part.rounds) for part in parts)
-            raise ConfigError(f"MixedCurator.parts must have the same rounds unless they are `once`, got {found}.")
-        still = "once" if self.first is None else "epoch"
-        self._rounds: str | int = moving.pop() if moving else still
-        self._sizes: dict[int, int] = {}  # rows per prompt of each part that has been asked
+            lengths = ", ".join(str(part.rounds) for part in parts)
+            raise ConfigError(f"MixedCurator.parts must have the same rounds unless they are `once`, got {lengths}.")
+        default = "once" if self.first is None else "epoch"
+        self._rounds: str | int = moving.pop() if moving else default
+        self._sizes: dict[int, int] = {}  # rows per prompt of each part that has curated
 
     @property
     def rounds(self) -> str | int:
-        """Those of the parts that write anew; if none does, `epoch` with a schedule, which moves, and else `once`."""
+        """The rounds of the parts that regenerate; if none does, `epoch` with a schedule and `once` without."""
         return self._rounds
 
     @property
     def writers(self) -> frozenset[str]:
-        """Those of all parts."""
+        """The writers of all parts."""
         return frozenset().union(*(part.writers for part in self._parts()))
 
-    def brings(self) -> Mapping[str, Generator]:
-        """Those of all parts."""
+    def own_generators(self) -> Mapping[str, Generator]:
+        """The own generators of all parts."""
         return merged_generators(*self._parts())
 
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
-        """Moves the schedule and the parts."""
+        """Updates the schedule and the parts."""
         if self.first is not None:
             self.first.update(progress, metrics)
         for part in self._parts():
             part.update(progress, metrics)
 
-    def begin(self, round_number: int) -> None:
-        """Reads the schedule, and has the parts read theirs."""
-        self._shares_at(round_number)
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The schedule of the shares, if there is one, and those of the parts, prefixed with index and name."""
+        schedules: dict[str, Schedule] = {} if self.first is None else self.first.schedules()
+        for index, part in enumerate(self._parts()):
+            prefix = f"{index}_{type(part).__name__}/"
+            schedules |= {f"{prefix}{name}": schedule for name, schedule in part.schedules().items()}
+        return schedules
+
+    def on_round_start(self, round_index: int) -> None:
+        """Reads the schedule, and lets the parts read theirs."""
+        self._shares_at(round_index)
         for part in self._parts():
-            part.begin(round_number)
+            part.on_round_start(round_index)
 
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
-        """Prepares each part: for its own prompts if they stay its own, else for all, which it may get."""
+        """Prepares each part: for its fixed prompts with rounds `once`, else for all prompts, since any may follow."""
         once = self._rounds == "once"
-        places = self._divided(prompts.at_round(0)) if once else [range(len(prompts)) for _ in self._parts()]
-        for part, own in zip(self._parts(), places, strict=True):
-            if own:
-                part.prepare(_selected(prompts, own), generators)
+        indices = self._assign(prompts.at_round(0)) if once else [range(len(prompts)) for _ in self._parts()]
+        for part, part_indices in zip(self._parts(), indices, strict=True):
+            if part_indices:
+                part.prepare(_selected(prompts, part_indices), generators)
 
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
-        """The rows of whichever part answers a prompt, in the prompts' order.
+        """The rows of the part that answers each prompt, in the prompts' order.
 
         Raises:
             ConfigError: If parts give different numbers of rows per prompt.
         """
-        asked = prompts.at_round(0) if self._rounds == "once" else prompts
-        places = self._divided(asked)
+        prompts = prompts.at_round(0) if self._rounds == "once" else prompts
+        indices = self._assign(prompts)
         groups: dict[int, Sequence[Row]] = {}
-        for number, (part, own) in enumerate(zip(self._parts(), places, strict=True)):
-            if own:
-                rows = part.curate(_selected(asked, own), generators)
-                size = self._size(number, len(rows), len(own))
-                groups |= {place: rows[at * size : (at + 1) * size] for at, place in enumerate(own)}
-        self._report(asked.round, places)
-        return [row for place in range(len(prompts)) for row in groups[place]]
+        for part_index, (part, part_indices) in enumerate(zip(self._parts(), indices, strict=True)):
+            if part_indices:
+                rows = part.curate(_selected(prompts, part_indices), generators)
+                size = self._size(part_index, len(rows), len(part_indices))
+                groups |= {index: rows[i * size : (i + 1) * size] for i, index in enumerate(part_indices)}
+        self._report(prompts.round, indices)
+        return [row for index in range(len(prompts)) for row in groups[index]]
 
-    def _divided(self, prompts: Prompts) -> list[list[int]]:
-        """The places of each part's prompts."""
+    def _assign(self, prompts: Prompts) -> list[list[int]]:
+        """The indices of each part's prompts."""
         limits = list(accumulate(self._shares_at(prompts.round)))
-        places: list[list[int]] = [[] for _ in limits]
-        last = max(number for number, share in enumerate(self._shares_at(prompts.round)) if share > 0)
-        for place, prompt in enumerate(prompts):
-            number = drawn(self.seed, prompts.round, prompt.id)
+        indices: list[list[int]] = [[] for _ in limits]
+        last = max(part for part, share in enumerate(self._shares_at(prompts.round)) if share > 0)
+        for index, prompt in enumerate(prompts):
+            draw = uniform_draw(self.seed, prompts.round, prompt.id)
             # The last limit is 1 up to rounding, and a part without a share gets nothing.
-            places[next((part for part, limit in enumerate(limits) if number < limit), last)].append(place)
-        return places
+            indices[next((part for part, limit in enumerate(limits) if draw < limit), last)].append(index)
+        return indices
 
-    def _shares_at(self, round_number: int) -> tuple[float, ...]:
+    def _shares_at(self, round_index: int) -> tuple[float, ...]:
         if self.first is None:
             return self.shares
-        share = self.first.at(round_number)
+        share = self.first.at(round_index)
         return share, 1.0 - share
 
-    def _size(self, number: int, num_rows: int, num_prompts: int) -> int:
-        """Rows per prompt of a part; all parts must have the same."""
+    def _size(self, part_index: int, num_rows: int, num_prompts: int) -> int:
+        """Rows per prompt of a part. All parts must have the same number."""
         size, rest = divmod(num_rows, num_prompts)
         assert rest == 0, "a curator gives every prompt the same number of rows"
-        self._sizes[number] = size
+        self._sizes[part_index] = size
         if len(set(self._sizes.values())) > 1:
-            found = ", ".join(f"{own} of {type(self.parts[part]).__name__}" for part, own in self._sizes.items())
-            raise ConfigError(f"MixedCurator.parts must give the same number of rows per prompt, got {found}.")
+            sizes = ", ".join(f"{count} of {type(self.parts[part]).__name__}" for part, count in self._sizes.items())
+            raise ConfigError(f"MixedCurator.parts must give the same number of rows per prompt, got {sizes}.")
         return size
 
-    def _report(self, round_number: int, places: Sequence[Sequence[int]]) -> None:
-        total = sum(map(len, places))
-        shares = self._shares_at(round_number)
-        told = [
-            f"{' and '.join(sorted(part.writers)) or 'dataset'} {len(own)} ({len(own) / total:.1%}, share {share:.1%})"
-            for part, own, share in zip(self._parts(), places, shares, strict=True)
+    def _report(self, round_index: int, indices: Sequence[Sequence[int]]) -> None:
+        total = sum(map(len, indices))
+        shares, counts = self._shares_at(round_index), map(len, indices)
+        summaries = [
+            f"{' and '.join(sorted(part.writers)) or 'dataset'} {count} ({count / total:.1%}, share {share:.1%})"
+            for part, count, share in zip(self._parts(), counts, shares, strict=True)
         ]
-        _log.info("MixedCurator, round %d, %d prompts: %s", round_number, total, ", ".join(told))
+        _log.info("MixedCurator, round %d, %d prompts: %s", round_index, total, ", ".join(summaries))
 
     def _parts(self) -> tuple[Curator, ...]:
         return tuple(self.parts)  # type: ignore[arg-type]
 
 
 def _checked(shares: list[float] | Schedule, num_parts: int) -> tuple[tuple[float, ...], RoundShare | None]:
-    """The fixed shares, or none of them and the share of the first of two parts."""
+    """The fixed shares; or an empty tuple and the scheduled share of the first of two parts."""
     if isinstance(shares, Schedule):
         if num_parts != 2:
             raise ConfigError(
-                f"MixedCurator.shares may be a schedule, the first part's share, where there are two parts, got "
+                f"MixedCurator.shares may be a schedule, the share of the first part, only with two parts, got "
                 f"{num_parts}: give a number for each."
             )
         return (), RoundShare("MixedCurator.shares", shares)
@@ -157,5 +166,5 @@ def _checked(shares: list[float] | Schedule, num_parts: int) -> tuple[tuple[floa
     return tuple(shares), None
 
 
-def _selected(prompts: Prompts, places: Sequence[int]) -> Prompts:
-    return Prompts(tuple(prompts[place] for place in places), prompts.round)
+def _selected(prompts: Prompts, indices: Sequence[int]) -> Prompts:
+    return Prompts(tuple(prompts[index] for index in indices), prompts.round)

@@ -1,8 +1,8 @@
-"""Two responses to each prompt."""
+"""Pairs of responses: two to each prompt, by two curators."""
 
 from collections.abc import Mapping, Sequence
 
-from distillkit.curators.brought import merged_generators
+from distillkit.curators.base import merged_generators
 from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Curator, Generator
@@ -10,14 +10,17 @@ from distillkit.types import Prompts, Row
 
 
 class PairedCurator(Curator):
-    """Two responses to each prompt, by two curators; they stay together in a batch.
+    """Two responses to each prompt, by two curators. Both rows of a pair are in the same batch.
 
     Args:
-        chosen: Writes the response that the student is pulled up on; None is `TeacherCurator()`.
-        rejected: Writes the response that the student is pushed down on; None is `StudentCurator()`.
+        chosen: Curator of the first response, whose probability a contrastive loss is to raise; None is
+            `TeacherCurator()`.
+        rejected: Curator of the second response, whose probability it is to lower; None is `StudentCurator()`.
+            Losses go by the writer of a response, not by these names: only the student's own are lowered
+            (`losses.side_of`).
 
     Raises:
-        ConfigError: If both write anew during training and at different times.
+        ConfigError: If both regenerate during training at different intervals.
     """
 
     def __init__(self, chosen: Curator | None = None, rejected: Curator | None = None) -> None:
@@ -35,16 +38,16 @@ class PairedCurator(Curator):
 
     @property
     def rounds(self) -> str | int:
-        """Those of the part that writes anew."""
+        """The rounds of the part that regenerates; `once` if none does."""
         return self._rounds
 
     @property
     def writers(self) -> frozenset[str]:
-        """Those of both parts."""
+        """The writers of both parts."""
         return self.chosen.writers | self.rejected.writers
 
-    def brings(self) -> Mapping[str, Generator]:
-        """Those of both parts."""
+    def own_generators(self) -> Mapping[str, Generator]:
+        """The own generators of both parts."""
         return merged_generators(self.chosen, self.rejected)
 
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:

@@ -1,27 +1,25 @@
-"""Curators with one writer."""
+"""Curators with a single writer: the data, the teacher or the student."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from distillkit.curators.rounds import Rounds, parse_rounds
+from distillkit.curators.base import Rounds, parse_rounds
 from distillkit.errors import DataError
 from distillkit.interfaces import Curator, Generator
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling
 
 
 class DatasetCurator(Curator):
-    """The response that came with the prompt; in a conversation, every turn that an assistant wrote."""
+    """The response that came with the prompt; in a conversation, every turn of the assistant."""
 
     needs_reference = True
 
     @property
     def rounds(self) -> str | int:
-        """`once`."""
         return "once"
 
     @property
     def writers(self) -> frozenset[str]:
-        """None."""
         return frozenset()
 
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
@@ -33,22 +31,22 @@ class DatasetCurator(Curator):
         for prompt in prompts:
             if not prompt.reference_ids:
                 raise DataError(
-                    f"DatasetCurator found a prompt without a response ({prompt.messages[-1]['content'][:60]!r}): "
+                    f"DatasetCurator got a prompt without a response ({prompt.excerpt}): "
                     "give the data a response column, or use TeacherCurator."
                 )
         return [Row(prompt.reference_ids, prompt.reference_mask, "dataset", prompt.id) for prompt in prompts]
 
 
 class SampledCurator(Curator):
-    """Template: one model writes every response.
+    """Base of curators in which one model generates every response.
 
     Args:
-        sampling: How responses are drawn.
+        sampling: Sampling of the responses.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
-        generator: Writes the responses; None is the run's own generator.
+        generator: Generates the responses; None is the run's generator.
 
     Raises:
-        ConfigError: If `rounds` is none of these, or `generator` can't draw as `sampling` says.
+        ConfigError: If `rounds` is none of these, or `generator` does not support `sampling`.
     """
 
     writer: ClassVar[str]
@@ -62,20 +60,20 @@ class SampledCurator(Curator):
 
     @property
     def rounds(self) -> str | int:
-        """As configured."""
+        """The configured rounds."""
         return self._rounds
 
     @property
     def writers(self) -> frozenset[str]:
-        """The one writer."""
+        """The single writer."""
         return frozenset({self.writer})
 
-    def brings(self) -> Mapping[str, Generator]:
-        """Its own generator, if it has one."""
+    def own_generators(self) -> Mapping[str, Generator]:
+        """The configured generator, if there is one."""
         return {} if self.generator is None else {self.writer: self.generator}
 
     def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
-        """Has everything written that is written once."""
+        """Generates all responses if they are generated once."""
         if self._rounds == "once":
             self.curate(prompts, generators)
 
@@ -85,25 +83,25 @@ class SampledCurator(Curator):
         return [self.row(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def respond(self, prompts: Prompts, generators: Mapping[str, Generator], sampling: Sampling) -> Sequence[Response]:
-        """One response per prompt, drawn as `sampling` says."""
-        asked = prompts.at_round(0) if self._rounds == "once" else prompts
-        return generators[self.writer].generate(asked, sampling)
+        """Generates one response per prompt with the given sampling."""
+        prompts = prompts.at_round(0) if self._rounds == "once" else prompts
+        return generators[self.writer].generate(prompts, sampling)
 
     def row(self, prompt: Prompt, response: Response) -> Row:
-        """A prompt with its response, which is what is trained on."""
+        """A training row: the prompt with its response, trained on the response."""
         mask = (False,) * len(prompt.input_ids) + (True,) * len(response.token_ids)
         ended, blank = response.finish == "stop", not response.text.strip()
-        return Row(prompt.input_ids + response.token_ids, mask, self.writer, prompt.id, ended, blank)
+        return Row(prompt.input_ids + response.token_ids, mask, self.writer, prompt.id, ended, blank, response.pending)
 
 
 class TeacherCurator(SampledCurator):
-    """A sample of the teacher.
+    """Responses sampled from the teacher.
 
     Args:
-        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with
+        sampling: Sampling of the responses; None is temperature 0.8 and top-p 0.95, as in the code released with
             DistiLLM-2.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
-        generator: Writes the responses; None is the run's own generator.
+        generator: Generates the responses; None is the run's generator.
 
     Raises:
         ConfigError: If `rounds` is none of these.
@@ -118,13 +116,13 @@ class TeacherCurator(SampledCurator):
 
 
 class StudentCurator(SampledCurator):
-    """A sample of the student as it is when the round starts.
+    """Responses sampled from the student as it is when the round starts.
 
     Args:
-        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95, as in the code released with
+        sampling: Sampling of the responses; None is temperature 0.8 and top-p 0.95, as in the code released with
             DistiLLM-2.
         rounds: How long a round lasts: `once`, `epoch`, `step`, or `{every: n}` optimizer steps.
-        generator: Writes the responses; None is the run's own generator.
+        generator: Generates the responses; None is the run's generator.
 
     Raises:
         ConfigError: If `rounds` is none of these.
@@ -138,7 +136,7 @@ class StudentCurator(SampledCurator):
         super().__init__(sampling or Sampling(), rounds, generator)
 
 
-def sampled_by_the_run(curator: Curator) -> list[Sampling]:
-    """How the curators within `curator` have the run's own generator draw."""
+def run_samplings(curator: Curator) -> list[Sampling]:
+    """The samplings that the curators within `curator` use with the run's generator."""
     parts = [part for part in curator.modules() if isinstance(part, SampledCurator)]
     return [part.sampling for part in parts if part.generator is None]

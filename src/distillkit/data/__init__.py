@@ -1,1 +1,5 @@
-"""Prompts: sources, chat templates, batches."""
+"""Data: sources of prompts, chat templates, packing and batches."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,54 +1,58 @@
-"""Conversations -> tokens, through the model's own chat template, and which of the tokens an assistant wrote.
-
-The marks come from where the text stands, never from token ids: they are right when padding and end of turn are the
-same token, when the template trims what it is given, and when a user quotes a special token.
-"""
+"""Tokenisation of conversations with the model's chat template, and the mask of the assistant's tokens."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from jinja2 import TemplateError
-
-from distillkit.data.records import Record
+from distillkit.data.records import Invalid
+from distillkit.data.template_spans import Ids, assistant_spans, decode, render, tokenise, tokenise_cut, turn_span
 from distillkit.errors import ConfigError, DataError, ModelError
-from distillkit.types import Message, Prompt
+from distillkit.types import Message, Prompt, Record, Tokenizer
 
-Ids = tuple[int, ...]
 Overlong = Literal["error", "drop"]
 Encoded = tuple[Ids, Ids, tuple[bool, ...]]
-"""What `Prompt` calls `input_ids`, `reference_ids` and `reference_mask`."""
+"""`input_ids`, `reference_ids` and `reference_mask` of a `Prompt`."""
 
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the records.
+    """Counts of the records that were encoded and left out.
 
     Args:
-        kept: Number of prompts.
-        duplicates: Records left out since an earlier one has the same prompt; their responses are left out too.
-        overlong: Records left out since they are longer than `max_length`.
-        unended: Kept responses that end without an end-of-turn token: nobody learns from them when to stop.
+        num_prompts: Number of encoded prompts.
+        duplicates: Records left out because an earlier one has the same prompt, each with its origin and that of the
+            earlier one; their responses are left out too.
+        overlong: Records left out because they are longer than `max_length`, each with its origin and length.
+        unended: Encoded responses without an end-of-turn token: the student can't learn to stop from them.
+        problems: Errors of the records left out because they can't be encoded.
     """
 
-    kept: int
-    duplicates: int
-    overlong: int
+    num_prompts: int
+    duplicates: tuple[str, ...]
+    overlong: tuple[str, ...]
     unended: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """All records left out, each with its origin and the reason."""
+        return self.problems + self.overlong + self.duplicates
 
     def __str__(self) -> str:
         notes = {
-            "left out as duplicates": self.duplicates,
-            "left out as longer than data.max_length": self.overlong,
-            "responses without an end of turn, from which nobody learns to stop": self.unended,
+            "left out as duplicates": len(self.duplicates),
+            "left out as longer than data.max_length": len(self.overlong),
+            "left out since they can't be encoded": len(self.problems),
+            "responses without an end-of-turn token (the student can't learn to stop from them)": self.unended,
         }
-        return "; ".join([f"{self.kept} prompts", *(f"{count} {what}" for what, count in notes.items() if count)])
+        return "; ".join(
+            [f"{self.num_prompts} prompts", *(f"{count} {note}" for note, count in notes.items() if count)]
+        )
 
 
-def require_chat_template(tokenizer: Any, chat: bool) -> None:
+def require_chat_template(tokenizer: Tokenizer, chat: bool) -> None:
     """Refuses chat prompts for a tokenizer without a chat template.
 
     Args:
@@ -56,25 +60,27 @@ def require_chat_template(tokenizer: Any, chat: bool) -> None:
         chat: Whether prompts go through the template.
 
     Raises:
-        ModelError: If they do and there is none.
+        ModelError: If `chat` is True and there is none.
     """
-    if chat and not getattr(tokenizer, "chat_template", None):
+    if chat and not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer {tokenizer.name_or_path} has no chat template: set `data.chat: false` for plain-text "
-            "prompts, or give the model a template."
+            "prompts, or give the student a template with `model.student.chat_template`."
         )
 
 
 def encode_all(
     records: Iterable[Record],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     eos_ids: Ids,
     chat: bool,
     system: str | None,
     max_length: int,
     overlong: Overlong,
+    responses: Literal["first", "all"] = "first",
+    invalid: Invalid = "error",
 ) -> tuple[list[Prompt], EncodeReport]:
-    """Tokenises records, keeps the first of those with the same prompt, and counts what it leaves out.
+    """Tokenises records and counts those that it leaves out.
 
     Args:
         records: The conversations, in their order.
@@ -83,25 +89,44 @@ def encode_all(
         chat: Whether prompts go through the chat template.
         system: System message for the records that have none; None adds none.
         max_length: Largest number of tokens of a prompt, or of a prompt with its response.
-        overlong: What to do with a longer one: `error` stops, `drop` leaves it out and counts it.
+        overlong: Treatment of a longer one: `error` stops, `drop` leaves it out and counts it.
+        responses: Records to use of those with the same prompt: the first, or all that differ in their responses.
+        invalid: Treatment of a record that can't be encoded: `error` stops, `drop` leaves it out.
 
     Raises:
-        DataError: If a record can't be encoded, or is too long and `overlong` is `error`.
+        DataError: If a record can't be encoded and `invalid` is `error`, or is too long and `overlong` is `error`.
         ModelError: If the tokenizer lacks the chat template or the end-of-turn token that is needed.
     """
     require_chat_template(tokenizer, chat)
     prompts: dict[str, Prompt] = {}
-    duplicates = dropped = 0
+    problems, duplicates, too_long = list[str](), list[str](), list[str]()
     for record in records:
-        prompt = encode(record, tokenizer, eos_ids, chat, system)
+        try:
+            prompt = encode(record, tokenizer, eos_ids, chat, system)
+        except DataError as error:
+            if invalid == "error":
+                raise
+            problems.append(str(error))
+            continue
+        if responses == "all" and prompt.id in prompts and prompt.reference_ids != prompts[prompt.id].reference_ids:
+            prompt = replace(prompt, id=_response_id(prompt))
         if _is_overlong(prompt, record, max_length, overlong):
-            dropped += 1
+            length = max(len(prompt.input_ids), len(prompt.reference_ids))
+            too_long.append(f"{record.origin} has {length} tokens, more than `data.max_length: {max_length}`")
         elif prompt.id in prompts:
-            duplicates += 1
+            duplicates.append(f"{record.origin} has the same prompt as {prompts[prompt.id].origin}")
         else:
             prompts[prompt.id] = prompt
-    unended = sum(bool(one.reference_ids) and one.reference_ids[-1] not in eos_ids for one in prompts.values())
-    return list(prompts.values()), EncodeReport(len(prompts), duplicates, dropped, unended)
+    references = [prompt.reference_ids for prompt in prompts.values() if prompt.reference_ids]
+    unended = sum(ids[-1] not in eos_ids for ids in references)
+    left_out = tuple(duplicates), tuple(too_long), unended, tuple(problems)
+    return list(prompts.values()), EncodeReport(len(prompts), *left_out)
+
+
+def _response_id(prompt: Prompt) -> str:
+    """The id of a further response to a prompt, by the content of both."""
+    content = f"{prompt.id} {prompt.reference_ids} {prompt.reference_mask}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _is_overlong(prompt: Prompt, record: Record, max_length: int, overlong: Overlong) -> bool:
@@ -114,16 +139,16 @@ def _is_overlong(prompt: Prompt, record: Record, max_length: int, overlong: Over
     return length > max_length
 
 
-def encode(record: Record, tokenizer: Any, eos_ids: Ids, chat: bool, system: str | None = None) -> Prompt:
+def encode(record: Record, tokenizer: Tokenizer, eos_ids: Ids, chat: bool, system: str | None = None) -> Prompt:
     """Tokenises one record.
 
     With a template, every assistant turn of the conversation is marked, end of turn included; a last user turn leaves
-    nothing to mark and no reference. Without one, prompt and response are joined as they are.
+    nothing to mark and no reference. Without a template, the texts of prompt and response are concatenated.
 
     Args:
-        record: The conversation. If its last turn is an assistant's, the prompt is what comes before.
+        record: The conversation. If its last turn is an assistant's, the turns before it are the prompt.
         tokenizer: A transformers tokenizer.
-        eos_ids: Token ids that end a turn. The first one is written after a plain-text response.
+        eos_ids: Token ids that end a turn. The first one is appended to a plain-text response.
         chat: Whether the record goes through the tokenizer's chat template.
         system: System message for a record that has none; None adds none.
 
@@ -133,53 +158,74 @@ def encode(record: Record, tokenizer: Any, eos_ids: Ids, chat: bool, system: str
     Raises:
         ConfigError: If `system` is given for plain text.
         DataError: If the template refuses the messages or rewrites turns, or plain text has more than one turn.
-        ModelError: If a plain-text response can't be ended for want of `eos_ids`.
+        ModelError: If a plain-text response can't be ended because `eos_ids` is empty.
     """
     messages = record.messages
     if system is not None and not chat:
-        raise ConfigError("`data.system` needs a chat template, but `data.chat` is false: write it into the prompts.")
+        raise ConfigError("`data.system` needs a chat template, but `data.chat` is false: put it into the prompts.")
     if system is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system}, *messages)
     answered = messages[-1]["role"] == "assistant"
     prompt = messages[:-1] if answered else messages
-    encoded = (_encode_chat if chat else _encode_plain)(messages, tokenizer, eos_ids, record.origin)
-    return Prompt(prompt_id(prompt), prompt, *encoded, reference=messages[-1]["content"] if answered else None)
+    untrained = frozenset(index + len(messages) - len(record.messages) for index in record.untrained)
+    input_ids, reference_ids, mask = (
+        _encode_chat(messages, untrained, tokenizer, eos_ids, record.origin)
+        if chat
+        else _encode_plain(messages, tokenizer, eos_ids, record.origin)
+    )
+    if not record.ended and reference_ids and reference_ids[-1] in eos_ids:
+        reference_ids, mask = reference_ids[:-1], mask[:-1]
+    reference = messages[-1]["content"] if answered else None
+    if "reasoning_content" in messages[-1]:  # as a model would write it
+        ids = reference_ids[len(input_ids) :]
+        reference = tokenizer.decode(
+            list(ids[:-1] if ids and ids[-1] in eos_ids else ids), skip_special_tokens=True
+        ).strip()
+    return Prompt(prompt_id(prompt), prompt, input_ids, reference_ids, mask, reference, record.origin)
 
 
-def encode_response(prompt: Prompt, text: str, ended: bool, tokenizer: Any, eos_ids: Ids) -> Ids:
-    """The tokens that follow the prompt's where `text` answers it: as if it had come with the prompt.
+def encode_response(
+    prompt: Prompt, text: str, ended: bool, tokenizer: Tokenizer, eos_ids: Ids, reasoning: str = ""
+) -> Ids:
+    """The tokens of `text` as the response to a prompt: the same as if it had come with the prompt.
 
     Args:
         prompt: The prompt, from `encode` with the same tokenizer.
-        text: What was answered.
-        ended: Whether the turn ended there: an end of turn is then part of the tokens.
+        text: The response.
+        ended: Whether the turn ends after it: the tokens then include an end of turn.
         tokenizer: A transformers tokenizer.
-        eos_ids: Token ids that end a turn. The first one is written after a plain-text response.
+        eos_ids: Token ids that end a turn. The first one is appended to a plain-text response.
+        reasoning: Reasoning before the response. If the response was cut within it, `text` is empty.
 
     Raises:
-        DataError: If the chat template writes the answer differently from what a model would continue the prompt with.
+        DataError: If the chat template renders the response differently from a model's continuation of the prompt, or
+            without its reasoning.
     """
     origin = f"The response to prompt {prompt.id}"
     before, turn = prompt.messages[0]["content"], text
-    is_chat = bool(getattr(tokenizer, "chat_template", None)) and _is_rendered(prompt, tokenizer, origin)
+    is_chat = bool(tokenizer.chat_template) and _is_rendered(prompt, tokenizer, origin)
     if is_chat:
-        ends = [_decode(tokenizer, [token]) for token in eos_ids]
-        answered = (*prompt.messages, {"role": "assistant", "content": text})
-        until, start, end = _turn(answered, len(prompt.messages), tokenizer, ends, origin)
+        ends = [decode(tokenizer, [token]) for token in eos_ids]
+        answer = {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
+        until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
         before, turn = until[:start], until[start:end]
-        if not ended:
+        if not ended and reasoning and not text:
+            turn = turn[: turn.find(reasoning.strip()) + len(reasoning.strip())]
+        elif not ended:
             turn = next((turn.removesuffix(close) for close in ends if close and turn.endswith(close)), turn)
+    elif reasoning:
+        raise DataError(f"{origin} has reasoning, which plain text can't hold: use a model without it.")
     ids: Ids = ()
     if turn:
-        joined, bounds = _tokenise_cut(before + turn, [len(before), len(before) + len(turn)], tokenizer, origin)
+        joined, bounds = tokenise_cut(before + turn, [len(before), len(before) + len(turn)], tokenizer, origin)
         ids = joined[bounds[0] :]
     return (*ids, eos_ids[0]) if ended and not is_chat else ids
 
 
-def _is_rendered(prompt: Prompt, tokenizer: Any, origin: str) -> bool:
-    """Whether the prompt's tokens are those of its messages in the chat template, and not of plain text."""
-    rendered = _tokenise(tokenizer, [_render(prompt.messages, tokenizer, True, origin)])[0]
-    return rendered == prompt.input_ids or _decode(tokenizer, rendered) == _decode(tokenizer, prompt.input_ids)
+def _is_rendered(prompt: Prompt, tokenizer: Tokenizer, origin: str) -> bool:
+    """True if the prompt's tokens are its messages in the chat template, and not plain text."""
+    rendered = tokenise(tokenizer, [render(prompt.messages, tokenizer, True, origin)])[0]
+    return rendered == prompt.input_ids or decode(tokenizer, rendered) == decode(tokenizer, prompt.input_ids)
 
 
 def prompt_id(messages: Sequence[Message]) -> str:
@@ -189,23 +235,29 @@ def prompt_id(messages: Sequence[Message]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encode_chat(messages: Sequence[Message], tokenizer: Any, eos_ids: Ids, origin: str) -> Encoded:
+def _encode_chat(
+    messages: Sequence[Message], untrained: frozenset[int], tokenizer: Tokenizer, eos_ids: Ids, origin: str
+) -> Encoded:
     if messages[-1]["role"] == "user":
-        return _tokenise(tokenizer, [_render(messages, tokenizer, True, origin)])[0], (), ()
-    text, cuts = _spans(messages, tokenizer, eos_ids, origin)
-    reference_ids, bounds = _tokenise_cut(text, cuts, tokenizer, origin)
-    return reference_ids[: bounds[-2]], reference_ids, _mask(bounds)
+        return tokenise(tokenizer, [render(messages, tokenizer, True, origin)])[0], (), ()
+    text, cuts = assistant_spans(messages, tokenizer, eos_ids, origin)
+    reference_ids, bounds = tokenise_cut(text, cuts, tokenizer, origin)
+    turns = (index for index, message in enumerate(messages) if message["role"] == "assistant")
+    mask = _mask(bounds, [turn not in untrained for turn in turns])
+    return reference_ids[: bounds[-2]], reference_ids, mask
 
 
-def _encode_plain(messages: Sequence[Message], tokenizer: Any, eos_ids: Ids, origin: str) -> Encoded:
+def _encode_plain(messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Ids, origin: str) -> Encoded:
     if [message["role"] for message in messages] not in (["user"], ["user", "assistant"]):
         raise DataError(
             f"{origin} has more than one prompt and one response, which plain text can't hold: set `data.chat: true` "
             "or leave it out."
         )
+    if "reasoning_content" in messages[-1]:
+        raise DataError(f"{origin} has reasoning, which plain text can't hold: set `data.chat: true` or remove it.")
     prompt = messages[0]["content"]
     first = _first_ids(prompt, tokenizer)
-    input_ids = first + _tokenise(tokenizer, [prompt])[0]
+    input_ids = first + tokenise(tokenizer, [prompt])[0]
     if len(messages) == 1:
         return input_ids, (), ()
     if not eos_ids:
@@ -214,118 +266,20 @@ def _encode_plain(messages: Sequence[Message], tokenizer: Any, eos_ids: Ids, ori
             "give it one."
         )
     text = prompt + messages[1]["content"]
-    ids, bounds = _tokenise_cut(text, [len(prompt), len(text)], tokenizer, origin)
-    written = len(first) + bounds[0], len(first) + bounds[1] + 1
-    return input_ids, (*first, *ids, eos_ids[0]), _mask(written)
+    ids, bounds = tokenise_cut(text, [len(prompt), len(text)], tokenizer, origin)
+    bounds_of_response = len(first) + bounds[0], len(first) + bounds[1] + 1
+    return input_ids, (*first, *ids, eos_ids[0]), _mask(bounds_of_response)
 
 
-def _first_ids(text: str, tokenizer: Any) -> Ids:
-    """The special tokens that the tokenizer puts before a text by itself. Those that it puts behind are not wanted."""
-    ids, bare = tuple(tokenizer(text, verbose=False)["input_ids"]), _tokenise(tokenizer, [text])[0]
+def _first_ids(text: str, tokenizer: Tokenizer) -> Ids:
+    """The special tokens that the tokenizer adds before a text; those it adds after the text are ignored."""
+    ids, bare = tuple(tokenizer(text, verbose=False)["input_ids"]), tokenise(tokenizer, [text])[0]
     return next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
 
 
-def _mask(bounds: Sequence[int]) -> tuple[bool, ...]:
-    """True from each even bound up to the odd one behind it; as long as the last bound."""
+def _mask(bounds: Sequence[int], trained: Sequence[bool] = (True,)) -> tuple[bool, ...]:
+    """True from each even bound up to the following odd one, for the spans that are trained on."""
     mask = [False] * bounds[-1]
-    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        mask[start:end] = [True] * (end - start)
+    for start, end, is_trained in zip(bounds[::2], bounds[1::2], trained, strict=True):
+        mask[start:end] = [is_trained] * (end - start)
     return tuple(mask)
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, generation_prompt: bool, origin: str) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except TemplateError as error:
-        raise DataError(
-            f"{origin} is refused by the chat template of {tokenizer.name_or_path} ({error}): change the messages or "
-            "the template."
-        ) from error
-    return text
-
-
-def _spans(messages: Sequence[Message], tokenizer: Any, eos_ids: Ids, origin: str) -> tuple[str, list[int]]:
-    """The rendered conversation up to its last end of turn, and each assistant turn's start and end in it.
-
-    A turn starts where the prompt rendered for it stops: what follows is what a model would have had to write.
-    """
-    full = _render(messages, tokenizer, False, origin)
-    ends = [_decode(tokenizer, [token]) for token in eos_ids]
-    cuts: list[int] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        until, start, end = _turn(messages, index, tokenizer, ends, origin)
-        if not full.startswith(until[:end]):
-            raise _rewritten(messages, index, tokenizer, origin)
-        cuts += [start, end]
-    return full[: cuts[-1]], cuts
-
-
-def _turn(
-    messages: Sequence[Message], index: int, tokenizer: Any, ends: Sequence[str], origin: str
-) -> tuple[str, int, int]:
-    """The conversation rendered up to the assistant's turn `index`, and where that turn starts and ends in it."""
-    before = _render(messages[:index], tokenizer, True, origin)
-    until = _render(messages[: index + 1], tokenizer, False, origin)
-    end = len(before) + _end_of_turn(until[len(before) :], messages[index]["content"], ends)
-    if not until.startswith(before) or end == len(before):
-        raise _rewritten(messages, index, tokenizer, origin)
-    return until, len(before), end
-
-
-def _rewritten(messages: Sequence[Message], index: int, tokenizer: Any, origin: str) -> DataError:
-    number = sum(message["role"] == "assistant" for message in messages[: index + 1])
-    return DataError(
-        f"{origin}: the chat template of {tokenizer.name_or_path} writes assistant turn {number} differently from what "
-        "a model would continue its prompt with, so that it can't be trained on: choose a template that only appends, "
-        "or cut the conversation to one answer or to its prompt."
-    )
-
-
-def _end_of_turn(turn: str, content: str, ends: Sequence[str]) -> int:
-    """Where an assistant's turn ends in its rendered text: behind the first end-of-turn token after the content.
-
-    A content that the template trimmed or rewrote is looked for without its outer whitespace, then not at all.
-    """
-    written = content if content in turn else content.strip()
-    after = turn.find(written) + len(written) if written in turn else 0
-    found = [(at, at + len(end)) for end in ends if end and (at := turn.find(end, after)) >= 0]
-    return min(found)[1] if found else len(turn.rstrip())
-
-
-def _tokenise(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-    # verbose=False: a text beyond the tokenizer's own maximum is judged by max_length, not by a warning.
-    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _tokenise_cut(text: str, cuts: Sequence[int], tokenizer: Any, origin: str) -> tuple[Ids, tuple[int, ...]]:
-    """Tokenises `text` so that a token starts at each of the ascending `cuts`, the last one being its end.
-
-    Returns:
-        The tokens, and the number of tokens before each cut.
-    """
-    # Not by offsets: tokenizers that trim them (GPT-NeoX) place a newline before the response inside it.
-    *pieces, whole = _tokenise(tokenizer, [*(text[start:end] for start, end in pairwise((0, *cuts))), text])
-    joined = tuple(token for piece in pieces for token in piece)
-    if joined == whole:
-        return whole, tuple(accumulate(map(len, pieces)))
-    # SentencePiece writes a space before each piece, so that only what starts at the beginning can be compared.
-    prefixes = _tokenise(tokenizer, [text[:cut] for cut in cuts])
-    if all(whole[: len(prefix)] == prefix for prefix in prefixes):
-        return whole, tuple(map(len, prefixes))
-    # A token reaches across a cut, as where a response starts with a newline. A model that continues the prompt
-    # can't write such a token: it starts with one of its own.
-    if _decode(tokenizer, joined) != _decode(tokenizer, whole):
-        raise DataError(
-            f"{origin}: the tokenizer {tokenizer.name_or_path} joins the end of the prompt and the start of the "
-            "response into one token, so that no model could write it: move the space between them into the response."
-        )
-    return joined, tuple(accumulate(map(len, pieces)))

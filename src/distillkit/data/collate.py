@@ -1,11 +1,11 @@
-"""Rows of different lengths -> one batch, padded on the right."""
+"""Collation: rows of different lengths to one batch, padded on the right."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from distillkit.align import response_positions
+from distillkit.data.align import response_positions
 from distillkit.data.packing import pack
 from distillkit.errors import DataError
 from distillkit.types import Batch, Row
@@ -22,12 +22,12 @@ def collate(
 
     Args:
         rows: The batch's rows, at least one.
-        pad_id: Token id that fills the rows up; it is neither attended to nor trained on.
-        layout: `shared` also lays the rows end to end, those of one prompt with one copy of what they begin with;
-            `packed` does so with a copy for each; `padded` does not.
-        bucket: The length of what is laid end to end is a multiple of it.
-        pair: Number of the pair that each row belongs to; None gives the rows of one prompt the same number, counted
-            from 0 in the order in which the prompts first appear.
+        pad_id: Token id used as padding; it is neither attended to nor trained on.
+        layout: `shared` also packs the rows end to end, with one copy of the common prefix of a prompt's rows;
+            `packed` packs complete rows; `padded` does not pack.
+        bucket: The length of the packed rows is a multiple of it.
+        pair: Index of the pair that each row belongs to; None numbers the prompts from 0 in the order in which they
+            first appear.
 
     Raises:
         DataError: If a row is empty, its mask has another length than its tokens, or it trains on its first token.
@@ -44,18 +44,18 @@ def collate(
         input_ids[index, :length] = torch.tensor(row.input_ids, dtype=torch.long)
         attention_mask[index, :length] = True
         response_mask[index, :length] = torch.tensor(row.response_mask, dtype=torch.bool)
-    found = response_positions(input_ids, response_mask)
-    numbers: dict[str, int] = {}
+    response = response_positions(input_ids, response_mask)
+    pair_indices: dict[str, int] = {}
     if pair is None:
-        pair = [numbers.setdefault(row.prompt_id, len(numbers)) for row in rows]
+        pair = [pair_indices.setdefault(row.prompt_id, len(pair_indices)) for row in rows]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         response_mask=response_mask,
-        positions=found.positions,
-        targets=found.targets,
-        rows=found.rows,
-        lengths=found.lengths,
+        positions=response.positions,
+        targets=response.targets,
+        rows=response.rows,
+        lengths=response.lengths,
         writer=tuple(row.writer for row in rows),
         pair=tuple(pair),
         keys=tuple(row.key for row in rows),

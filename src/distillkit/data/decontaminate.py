@@ -1,48 +1,50 @@
-"""Training prompts that share words with an evaluation set."""
+"""Decontamination: removal of training prompts that overlap with an evaluation set."""
 
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from distillkit.data.ngrams import ngrams, words
-from distillkit.data.records import Record, Source
-from distillkit.errors import ConfigError, DataError
+from distillkit.data.ngrams import ngrams
+from distillkit.data.records import SourceSetting, log_left_out
+from distillkit.data.word_tokens import words
+from distillkit.errors import ConfigError, DataError, check_range
+from distillkit.types import Record
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Decontamination:
-    """Leaves out training prompts that share a run of words with an evaluation prompt.
+    """Leaves out training prompts that share an n-gram of words with an evaluation prompt.
 
-    Compared are the user's turns, in lower case and without punctuation. A turn of fewer words is compared as a whole.
+    The user's turns are compared in lower case and without punctuation. A turn with fewer words must match completely.
+    In scripts written without spaces, such as Chinese and Thai, each character is a word.
     Brown et al. 2020 (GPT-3), arXiv 2005.14165, appendix C, with 13 words.
 
     Args:
         against: Evaluation sets to compare with, besides `data.val` and `data.test`, which always are.
-        ngram: Words of a run, at least 1.
+        ngram: Words per n-gram, at least 1.
 
     Raises:
         ConfigError: If `ngram` is below 1.
     """
 
-    against: list[str | Source] = field(default_factory=list)
+    against: list[SourceSetting] = field(default_factory=list)
     ngram: int = 13
 
     def __post_init__(self) -> None:
-        if self.ngram < 1:
-            raise ConfigError(f"Decontamination.ngram must be at least 1, got {self.ngram}.")
+        check_range("Decontamination.ngram", self.ngram, 1)
 
 
 def without_overlap(
     records: Iterable[Record], held_out: Mapping[str, Iterable[Record]], ngram: int = 13
 ) -> list[Record]:
-    """The records whose prompts share no run of `ngram` words with a held-out one; how many do is logged.
+    """Returns the records whose prompts share no n-gram with a held-out one, and logs how many were left out.
 
     Args:
         records: Training records.
-        held_out: Records to compare with, by a name for messages.
-        ngram: Words of a run.
+        held_out: Records to compare with, by their name in messages.
+        ngram: Words per n-gram.
 
     Raises:
         ConfigError: If there is nothing to compare with.
@@ -50,31 +52,33 @@ def without_overlap(
     """
     if not held_out:
         raise ConfigError("`data.decontaminate` has nothing to compare with: give data.val, data.test or `against`.")
-    known = {run: record.origin for each in held_out.values() for record in each for run in _runs(record, ngram)}
-    kept: list[Record] = []
+    held_out_records = [record for split in held_out.values() for record in split]
+    origins = {run: record.origin for record in held_out_records for run in _word_ngrams(record, ngram)}
+    clean: list[Record] = []
     left_out: list[tuple[Record, str]] = []
     for record in records:
-        match = next((known[run] for run in _runs(record, ngram) if run in known), None)
+        match = next((origins[run] for run in _word_ngrams(record, ngram) if run in origins), None)
         if match is None:
-            kept.append(record)
+            clean.append(record)
         else:
             left_out.append((record, match))
-    total = len(kept) + len(left_out)
-    first = f"; the first, {left_out[0][0].origin}, with {left_out[0][1]}" if left_out else ""
-    told = (
+    total = len(clean) + len(left_out)
+    summary = (
         f"{len(left_out)} of {total} training records share a run of {ngram} words, or a shorter turn, with a prompt "
-        f"of {', '.join(held_out)}{first}"
+        f"of {', '.join(held_out)}"
     )
-    if not kept:
-        raise DataError(f"data.decontaminate: {told}; none is left: evaluate on other prompts, or leave it out.")
-    _log.info("data.decontaminate: %s; they are left out", told)
-    return kept
+    if not clean:
+        raise DataError(f"data.decontaminate: {summary}; none is left: evaluate on other prompts, or leave it out.")
+    _log.info("data.decontaminate: %s; they are left out", summary)
+    matches = [f"{record.origin} shares words with {origin}" for record, origin in left_out]
+    log_left_out("data.decontaminate", matches, total)
+    return clean
 
 
-def _runs(record: Record, n: int) -> Iterator[tuple[Hashable, ...]]:
-    """Every run of n words of each user turn, or the whole turn if it has fewer."""
+def _word_ngrams(record: Record, n: int) -> Iterator[tuple[Hashable, ...]]:
+    """Every n-gram of words of each user turn, or the complete turn if it has fewer words."""
     for message in record.messages:
         if message["role"] == "user":
-            found = words(message["content"])
-            if found:
-                yield from ngrams(found, min(n, len(found)))
+            turn = words(message["content"])
+            if turn:
+                yield from ngrams(turn, min(n, len(turn)))

@@ -1,32 +1,24 @@
-"""Runs of n words or tokens: what two texts share, and how much a text repeats itself."""
+"""N-grams of words or tokens, and the repetition within a sequence."""
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 
-_WORD = re.compile(r"\w+")
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words of a text in lower case, without punctuation."""
-    return tuple(_WORD.findall(text.casefold()))
-
 
 def ngrams(items: Sequence[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]:
-    """Every run of `n` items, from left to right."""
+    """Every n-gram of a sequence, from left to right."""
     return (tuple(items[start : start + n]) for start in range(len(items) - n + 1))
 
 
 def repetition(items: Sequence[Hashable], n: int, window: int) -> float:
-    """The largest share of repeated n-grams in any stretch of a sequence.
+    """The largest fraction of repeated n-grams in any window of a sequence.
 
-    In a stretch the share is 1 − (different n-grams) / (n-grams), seq-rep-n of Welleck et al. 2019, arXiv 1908.04319.
-    The stretches keep a loop at the end of a long text from being outweighed by what comes before.
+    In a window the fraction is 1 − (different n-grams) / (n-grams), seq-rep-n of Welleck et al. 2019, arXiv 1908.04319.
+    With windows, a loop at the end of a long text is not averaged out by the text before it.
 
     Args:
         items: Words or tokens.
-        n: Items of an n-gram, at least 1.
-        window: N-grams of a stretch, at least 1; a shorter sequence is one stretch.
+        n: Items per n-gram, at least 1.
+        window: N-grams per window, at least 1; a shorter sequence is a single window.
 
     Returns:
         A number in [0, 1); 0 for a sequence without an n-gram.

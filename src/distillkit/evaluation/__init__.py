@@ -1,1 +1,3 @@
-"""What a run and its student are measured by."""
+"""Evaluation: held-out metrics, pass@k, lm-eval tasks, and reports of the results."""
+
+__all__: list[str] = []

@@ -1,40 +1,40 @@
-"""What each validation says about the student, on held-out prompts."""
+"""Held-out metrics: divergences to the teacher, and scores of the student's answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.functional.text.rouge import rouge_score
+from torch import Tensor
 
 from distillkit import divergences
+from distillkit.chunked.evaluate import gather_targets, gather_top_k, slices
+from distillkit.chunked.memory import default_budget
 from distillkit.errors import ConfigError
+from distillkit.evaluation.means import Means
+from distillkit.evaluation.rouge import rouge_l
 from distillkit.interfaces import Generator, Verifier
-from distillkit.losses.budget import default_budget
-from distillkit.losses.slicing import gathered, own_log_probs, slices
 from distillkit.types import Batch, Prompts, Sampling, Scores
 
 _TENSORS = 8
 """`[n, V]` tensors that are alive at once."""
 
-OWN = ("kl", "nll", "acceptance", "rouge_l", "length", "finished", "positions", "step")
-"""Names of figures that verifiers can't have."""
+RESERVED_NAMES = ("kl", "nll", "acceptance", "rouge_l", "length", "finished", "positions", "step")
+"""Names of metrics that verifiers can't have."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A held-out prompt with the reference's answer and the student's, as text.
+    """A held-out prompt with the reference answer and the student's, as text.
 
     Args:
-        prompt: The last turn asked.
-        reference: The reference's answer.
+        prompt: Text of the last turn.
+        reference: The reference answer.
         student: The student's answer.
         prompt_id: The prompt's id.
-        finish: Why the student's answer ended.
-        tokens: Tokens of it.
-        positions: Tokens of the reference's answer that both models scored.
-        figures: What was measured on this prompt alone, by name.
+        finish: Reason why the student's answer ended: `stop` or `length`.
+        tokens: Number of tokens of the student's answer.
+        positions: Number of tokens of the reference answer that the models scored.
+        metrics: Held-out metrics of this prompt alone, by name.
     """
 
     prompt: str
@@ -44,140 +44,123 @@ class Answer:
     finish: str = ""
     tokens: int = 0
     positions: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-class HeldOut(nn.Module):
-    """Held-out figures: means over all response positions of all ranks.
+class HeldOut:
+    """Held-out metrics: means over all response positions or answers of all ranks, in float64.
+
+    It is no `nn.Module`: a run in half precision casts every module that it trains, and the sums with it.
 
     `kl` is KL(p‖q) in nats per token, `nll` the student's −log q of the reference responses in nats per token,
     `acceptance` the expected acceptance Σ min(p, q) of a token that the student drafts (Leviathan et al. 2022, arXiv
     2211.17192), `rouge_l` the ROUGE-L F-measure in percent of the student's greedy answers against the reference (Lin
-    2004). Without a teacher only `nll` and `rouge_l` are given. A teacher that kept its K most likely tokens gives
-    bounds: `kl` is at most, and `acceptance` at least, what the whole distribution would give.
+    2004). Without a teacher there are only `nll` and `rouge_l`. With cached scores of the teacher's K most likely
+    tokens, the values are bounds: the full distribution would give a `kl` at least, and an `acceptance` at most, as
+    large.
 
     Args:
-        verifiers: Judges of the student's answers, by the name under which the mean of their numbers is given.
+        verifiers: Verifiers that score the student's answers, by the name of their mean in the results.
 
     Raises:
-        ConfigError: If a name is no identifier, or another figure has it.
+        ConfigError: If a name is not an identifier, or is the name of another metric.
     """
 
     def __init__(self, verifiers: Mapping[str, Verifier] | None = None) -> None:
-        super().__init__()
-        self.kl, self.nll, self.acceptance, self.rouge = (_mean() for _ in range(4))
-        self.judge(verifiers or {})
+        self._means = Means()
+        self.set_verifiers(verifiers or {})
         self.table: list[Answer] = []
         self._rows: list[dict[str, float]] = []
 
-    def judge(self, verifiers: Mapping[str, Verifier]) -> None:
-        """Has these judge the student's answers from now on.
+    def set_verifiers(self, verifiers: Mapping[str, Verifier]) -> None:
+        """Replaces the verifiers that score the student's answers.
 
         Raises:
-            ConfigError: If a name is no identifier, or another figure has it.
+            ConfigError: If a name is not an identifier, or is the name of another metric.
         """
         for name in verifiers:
-            if not name.isidentifier() or name in OWN:
-                why = "another figure has it" if name in OWN else "it must be letters, digits and underscores"
-                raise ConfigError(f"model.metrics can't have the name {name!r}: {why}.")
+            if not name.isidentifier() or name in RESERVED_NAMES:
+                reserved = "a metric of distillkit has it"
+                reason = reserved if name in RESERVED_NAMES else "use letters, digits and underscores"
+                raise ConfigError(f"model.metrics can't have the name {name!r}: {reason}.")
         self.verifiers = dict(verifiers)
-        self.judged = nn.ModuleDict({f"of_{name}": _mean() for name in verifiers})  # ModuleDict has names of its own
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every held-out prompt must come with a response of its own."""
-        return any(own.needs_reference for own in self.verifiers.values())
+        """True if every held-out prompt must come with a response."""
+        return any(verifier.needs_reference for verifier in self.verifiers.values())
 
     def check(self, prompts: Prompts) -> None:
-        """Refuses held-out prompts the answers to which a verifier can't judge."""
+        """Refuses held-out prompts whose answers a verifier can't score."""
         for verifier in self.verifiers.values():
             verifier.check(prompts)
 
     @torch.no_grad()
     def update(self, student: Scores, teacher: Scores | None, batch: Batch) -> None:
-        """Counts in the positions of a batch."""
-        # A rank without positions takes part in the reduction, so it counts in none.
+        """Adds the positions of a batch."""
+        # A rank without positions adds empty metrics: it takes part in the reduction too.
         step = max(1, default_budget(student.hidden.device) // (_TENSORS * 4 * student.vocab))
-        found: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[Tensor]] = {}
         for part in slices(student.hidden.shape[0], step) or [slice(0, 0)]:
             logq = student.log_probs(part)
-            found.setdefault("nll", []).append(-own_log_probs(logq, batch.targets[part]).double())
+            parts.setdefault("nll", []).append(-gather_targets(logq, batch.targets[part]).double())
             if teacher is not None:
                 logp = teacher.log_probs(part)
-                if teacher.support is not None:
-                    logq = gathered(logq, teacher.support[part])
-                found.setdefault("kl", []).append(divergences.kl(logp, logq).double())
-                found.setdefault("acceptance", []).append(divergences.overlap(logp, logq).double())
-        figures = {name: torch.cat(values) for name, values in found.items()}  # [N] each
-        for name, values in figures.items():
-            getattr(self, name).update(values)
-        self._rows += _by_row(figures, batch)
+                if teacher.top_k_ids is not None:
+                    logq = gather_top_k(logq, teacher.top_k_ids[part])
+                parts.setdefault("kl", []).append(divergences.kl(logp, logq).double())
+                parts.setdefault("acceptance", []).append(divergences.overlap(logp, logq).double())
+        sums = {name: _sum_by_row(torch.cat(values), batch) for name, values in parts.items()}
+        for name, row_sums in sums.items():
+            self._means.add(name, row_sums, sum(batch.lengths))
+        self._rows += [
+            {"positions": float(count)} | {name: row_sums[row] / count for name, row_sums in sums.items() if count}
+            for row, count in enumerate(batch.lengths)
+        ]
 
     def answer(self, generator: Generator, prompts: Prompts, references: Sequence[str], sampling: Sampling) -> None:
-        """Has the student answer `prompts`, compares with `references`, and has the verifiers judge.
+        """Generates answers to `prompts`, compares them with `references`, and scores them with the verifiers.
 
-        The figures of each prompt are then in `table`: those of the rows that were counted, which are taken to be of
-        the first prompts in their order, and those of the answer.
+        The metrics of each prompt are then in `table`: those of its reference row and those of its answer. The rows
+        passed to `update` must be those of the first prompts, in the same order.
         """
         answers = generator.generate(prompts, sampling) if len(prompts) else []
-        figures = {"rouge_l": [_rouge(own.text, reference) for own, reference in zip(answers, references, strict=True)]}
-        self.rouge.update(self._tensor(figures["rouge_l"]))
+        pairs = zip(answers, references, strict=True)
+        metrics = {"rouge_l": [rouge_l(answer.text, reference) for answer, reference in pairs]}
         for name, verifier in self.verifiers.items():
-            figures[name] = [float(own) for own in verifier.verify(prompts, answers)]
-            self._of(name).update(self._tensor(figures[name]))
-        scored = [*self._rows, *({} for _ in prompts)]
+            metrics[name] = [float(score) for score in verifier.verify(prompts, answers)]
+        for name, values in metrics.items():
+            self._means.add(name, values, len(values))
+        reference_rows = [*self._rows, *({} for _ in prompts)]
         self.table = [
             Answer(
-                str(prompt.messages[-1]["content"]), references[place], own.text, prompt.id, own.finish,
-                len(own.token_ids), int(scored[place].get("positions", 0)),
-                {name: value for name, value in scored[place].items() if name != "positions"}
-                | {name: values[place] for name, values in figures.items()},
+                prompt=str(prompt.messages[-1]["content"]),
+                reference=references[index],
+                student=answer.text,
+                prompt_id=prompt.id,
+                finish=answer.finish,
+                tokens=len(answer.token_ids),
+                positions=int(reference_rows[index].get("positions", 0)),
+                metrics={name: value for name, value in reference_rows[index].items() if name != "positions"}
+                | {name: values[index] for name, values in metrics.items()},
             )
-            for place, (prompt, own) in enumerate(zip(prompts, answers, strict=True))
-        ]  # fmt: skip
-
-    def _of(self, name: str) -> Metric:
-        metric = self.judged[f"of_{name}"]
-        assert isinstance(metric, Metric)
-        return metric
-
-    def _tensor(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.rouge.device)
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures over all ranks, and starts anew."""
-        figures = {"nll": self.nll.compute(), "rouge_l": self.rouge.compute()}
-        if self.kl.update_called:
-            figures |= {"kl": self.kl.compute(), "acceptance": self.acceptance.compute()}
-        figures |= {name: self._of(name).compute() for name in self.verifiers}
+        """Returns the metrics over all ranks, 0-dim float64 tensors on the CPU, and resets."""
+        metrics = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in self._means.reduce().items()}
         self.reset()
-        return figures
+        return metrics
 
     def reset(self) -> None:
-        """Starts anew."""
-        for metric in (self.kl, self.nll, self.acceptance, self.rouge, *map(self._of, self.verifiers)):
-            metric.reset()
+        """Discards all accumulated values."""
+        self._means = Means()
         self._rows = []
 
 
-def _mean() -> Metric:
-    # A NaN has to show, and ranks that hold different numbers of values have to agree with one that holds them all.
-    return MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
-
-
-def _rouge(answer: str, reference: str) -> float:
-    """ROUGE-L F-measure in percent."""
-    return 100.0 * float(rouge_score(answer, reference, rouge_keys="rougeL")["rougeL_fmeasure"])
-
-
-def _by_row(figures: Mapping[str, Tensor], batch: Batch) -> list[dict[str, float]]:
-    """The means over each row's positions, and how many there are; a row without positions has no figures."""
-    sums = {
-        name: torch.zeros(len(batch.lengths), dtype=values.dtype, device=values.device).index_add(0, batch.rows, values)
-        for name, values in figures.items()
-    }
-    table = {name: values.tolist() for name, values in sums.items()}
-    return [
-        {"positions": float(count)} | {name: table[name][row] / count for name in table if count}
-        for row, count in enumerate(batch.lengths)
-    ]
+def _sum_by_row(values: Tensor, batch: Batch) -> list[float]:
+    """The sum of `[N]` values over the positions of each row."""
+    sums = torch.zeros(len(batch.lengths), dtype=values.dtype, device=values.device)
+    row_sums: list[float] = sums.index_add(0, batch.rows, values).tolist()
+    return row_sums

@@ -1,4 +1,4 @@
-"""What an evaluation found, as files and as a table."""
+"""Reports of an evaluation: result files and a table of the metrics."""
 
 import importlib.metadata
 import json
@@ -7,9 +7,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from distillkit.evaluation.heldout import Answer
+from distillkit.run_folder import ANSWERS, METRICS
+from distillkit.storage.atomic import write_atomically
 
 SCHEMA = 1
 """Version of `evaluation.json` and `answers.jsonl`."""
@@ -19,16 +20,16 @@ MEANING = {
     "nll": "−log q of the reference responses, nats per token",
     "acceptance": "expected acceptance of a drafted token, Σ min(p, q)",
     "drafted_acceptance": "measured acceptance of drafted tokens at temperature 1",
-    "tokens_per_check": "tokens for each forward pass of the teacher when the student drafts",
+    "tokens_per_check": "tokens per forward pass of the teacher when the student drafts",
     "rouge_l": "ROUGE-L of the student's answers against the reference, %",
-    "distinct_2": "share of an answer's pairs of tokens that are new in it",
+    "distinct_2": "share of distinct token bigrams in an answer",
     "length": "tokens of an answer",
-    "finished": "share of answers that end by themselves",
+    "finished": "share of answers that end with an end-of-turn token",
 }
 
 
-def of_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """Mean length of answers in tokens, and the share that ended by themselves; NaN for none."""
+def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
+    """Mean length of answers in tokens, and the share with an end of turn; NaN without answers."""
     count = len(answers) or math.nan
     return {
         "length": sum(answer.tokens for answer in answers) / count,
@@ -37,26 +38,27 @@ def of_answers(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that the metrics depend on."""
+    versions = {"python": platform.python_version()}
     for package in ("distillkit", "torch", "transformers", "lightning"):
-        found[package] = importlib.metadata.version(package)
-    return found
+        versions[package] = importlib.metadata.version(package)
+    return versions
 
 
-def write(folder: Path, found: Mapping[str, Any], answers: Sequence[Answer]) -> None:
-    """Writes `answers.jsonl`, a line for each prompt, then `evaluation.json`, which says that all is there."""
+def write(folder: Path, results: Mapping[str, object], answers: Sequence[Answer]) -> None:
+    """Writes `answers.jsonl`, one line per prompt, then `evaluation.json`, whose presence marks completion."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS).unlink(missing_ok=True)  # an earlier evaluation's, which is not of the new answers
     lines = (json.dumps(asdict(answer), ensure_ascii=False) for answer in answers)
-    (folder / "answers.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    whole = {"schema": SCHEMA, **found, "versions": versions()}
-    (folder / "evaluation.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / ANSWERS, "".join(f"{line}\n" for line in lines))
+    report = {"schema": SCHEMA, **results, "versions": versions()}
+    write_atomically(folder / METRICS, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def table(figures: Mapping[str, float]) -> str:
-    """The figures, one in a line, each with what it is; those that are known come first."""
-    figures = {name: figures[name] for name in (*MEANING, *figures) if name in figures}
-    width = max(map(len, figures), default=0)
+def table(metrics: Mapping[str, float]) -> str:
+    """The metrics, one per line with a description; distillkit's metrics come first."""
+    metrics = {name: metrics[name] for name in (*MEANING, *metrics) if name in metrics}
+    width = max(map(len, metrics), default=0)
     return "\n".join(
-        f"{name:<{width}}  {value:>10.4f}  {MEANING.get(name, '')}".rstrip() for name, value in figures.items()
+        f"{name:<{width}}  {value:>10.4f}  {MEANING.get(name, '')}".rstrip() for name, value in metrics.items()
     )

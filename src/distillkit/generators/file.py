@@ -1,109 +1,134 @@
-"""A generator that is a file of responses."""
+"""Responses read from a file."""
 
 import hashlib
 import logging
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from distillkit.data.chat import prompt_id
-from distillkit.data.records import Source
+from distillkit.data.locations import kind_of
+from distillkit.data.records import Invalid, Source
 from distillkit.errors import ConfigError, DataError
-from distillkit.fetch import is_wheel, wheel_file
 from distillkit.generators.texts import as_response
 from distillkit.interfaces import Generator
 from distillkit.models.tokenizers import eos_ids
-from distillkit.types import Prompt, Prompts, Response, Sampling
+from distillkit.types import Message, Prompt, Prompts, Response, Sampling, Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
 class FileGenerator(Generator):
-    """Takes responses from a file, by their prompts. Of the sampling only `max_new_tokens` is read, and cuts them.
+    """Reads responses from a file. Responses longer than the sampling's `max_new_tokens` are cut.
 
-    A prompt is found by its messages; where the run puts a system message before it, without that too.
+    A response is looked up by the prompt's messages. If the run puts a system message before the prompt, it is also
+    looked up without that message. Of several responses to a prompt, each round reads the next one, beginning with
+    number `seed` of the sampling: so the samples of `BestOfN` differ.
 
     Args:
-        path: A .jsonl, .jsonl.gz, .csv or .parquet file, or `wheel:NAME==VERSION/PATH#sha256=HEX`.
-        prompt_column: Column with the user's prompt, a text.
-        response_column: Column with the response to the prompt, a text.
+        path: A .jsonl, .jsonl.gz, .csv or .parquet file, a pattern for several, `wheel:NAME==VERSION/PATH#sha256=HEX`,
+            or a list of these.
+        prompt_column: Column with the user's prompt as text.
+        response_column: Column with the response as text.
         messages_column: Column with a whole conversation, whose last turn is the response.
+        ignored_keys: Columns, and keys of messages, that have no effect. A row with any other is refused, except for
+            metadata such as `id`.
+        invalid: Treatment of rows that can't be used: `error` stops, `drop` leaves them out, counts and lists them.
 
     Raises:
-        ConfigError: If the path is a hub id.
-        DataError: If the file is missing or of an unknown format.
+        ConfigError: If the path is a folder or a hub id.
+        DataError: If a file is missing or has an unknown format.
     """
 
-    models = ()
+    needs_models = ()
     progress = False
     responses_per_shard = 1 << 20
-    """All prompts at once: nothing is lost with a killed run, and what is missing is counted over all of them."""
+    """All prompts at once: reading costs nothing, and missing responses are counted over all prompts."""
+
+    _tokenizer: Tokenizer
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         prompt_column: str = "prompt",
         response_column: str = "response",
         messages_column: str = "messages",
+        ignored_keys: list[str] | None = None,
+        invalid: Invalid = "error",
     ) -> None:
-        self.source = Source(path, "train", prompt_column, response_column, messages_column)
-        if self.source.on_hub:
-            raise ConfigError(f"FileGenerator.path must be a file, got {path!r}: a dataset on the hub has no hash.")
+        self.source = Source(
+            path,
+            prompt_column=prompt_column,
+            response_column=response_column,
+            messages_column=messages_column,
+            ignored_keys=ignored_keys,
+            invalid=invalid,
+        )
+        for item in self.source.paths:
+            if kind_of(item) in ("hub", "folder"):
+                raise ConfigError(
+                    f"FileGenerator.path must be a file, got {item!r}. A dataset has no content hash: name its files, "
+                    "after a download if it is on the hub."
+                )
         self.source.check()
         self.path = path
         self._columns = (prompt_column, response_column, messages_column)
-        self._tokenizer: Any = None
         self._eos: tuple[int, ...] = ()
 
-    def refresh(self, model: nn.Module, tokenizer: Any) -> None:
-        """Takes the run's tokenizer."""
+    def refresh(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        """Stores the run's tokenizer; the model is not used."""
         self._tokenizer, self._eos = tokenizer, eos_ids(tokenizer, None)
 
     def identity(self) -> str:
-        """The file's sha256, and its columns if they are not the usual ones; not its path."""
-        file = wheel_file(self.path) if is_wheel(self.path) else Path(self.path).expanduser()
-        with file.open("rb") as stream:
-            name = f"file:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
-        usual = self._columns == ("prompt", "response", "messages")
-        return name if usual else f"{name}:{'/'.join(self._columns)}"
+        """The files' sha256, and the columns if they are not the default ones; the paths are not part of it."""
+        hashes = []
+        for file in self.source.files() or ():
+            with file.open("rb") as stream:
+                hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        name = f"file:{hashes[0] if len(hashes) == 1 else hashlib.sha256(' '.join(hashes).encode()).hexdigest()}"
+        is_default = self._columns == ("prompt", "response", "messages")
+        return name if is_default else f"{name}:{'/'.join(self._columns)}"
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
-        """The file's responses to the prompts, in their order.
+        """Returns the file's responses, in the order of the prompts.
 
         Raises:
-            DataError: If it lacks some.
+            DataError: If the file has no response to some of the prompts.
         """
-        texts = [self._text_for(prompt) for prompt in prompts]
-        missing = [prompt for prompt, text in zip(prompts, texts, strict=True) if text is None]
+        number = prompts.round + (sampling.seed or 0)
+        answers = [self._answers_to(prompt) for prompt in prompts]
+        missing = [prompt for prompt, choices in zip(prompts, answers, strict=True) if not choices]
         if missing:
             raise DataError(
                 f"{self.path} has no response to {len(missing)} of {len(prompts)} prompts, the first is "
-                f"{missing[0].messages[-1]['content'][:60]!r}: add them, or take these prompts out of the data."
+                f"{missing[0].excerpt}. Add the responses, or remove these prompts from the "
+                "data."
             )
-        return [
-            as_response(prompt, text or "", True, self._tokenizer, self._eos, sampling.max_new_tokens)
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        responses = []
+        for prompt, choices in zip(prompts, answers, strict=True):
+            answer, ended = choices[number % len(choices)]
+            text, reasoning = answer["content"], answer.get("reasoning_content", "")
+            limit = sampling.max_new_tokens
+            responses.append(as_response(prompt, text, ended, self._tokenizer, self._eos, limit, reasoning))
+        return responses
 
-    def _text_for(self, prompt: Prompt) -> str | None:
-        found = self._texts.get(prompt.id)
-        if found is None and prompt.messages[0]["role"] == "system" and len(prompt.messages) > 1:
-            found = self._texts.get(prompt_id(prompt.messages[1:]))
-        return found
+    def _answers_to(self, prompt: Prompt) -> list[tuple[Message, bool]]:
+        answers = self._answers.get(prompt_id(prompt.messages), [])
+        if not answers and prompt.messages[0]["role"] == "system" and len(prompt.messages) > 1:
+            answers = self._answers.get(prompt_id(prompt.messages[1:]), [])
+        return answers
 
     @cached_property
-    def _texts(self) -> dict[str, str]:
-        """The responses by the ids of their prompts."""
-        found: dict[str, str] = {}
-        again = 0
+    def _answers(self) -> dict[str, list[tuple[Message, bool]]]:
+        """Maps prompt ids to the different responses, in the file's order, and whether each is complete."""
+        answers: dict[str, list[tuple[Message, bool]]] = {}
         for record in self.source.records():
             if record.messages[-1]["role"] != "assistant":
-                continue  # a prompt alone: it is missed, and counted, where it is asked for
-            name = prompt_id(record.messages[:-1])
-            again += name in found
-            found.setdefault(name, record.messages[-1]["content"])
-        if again:
-            _log.info("%s: %d responses to prompts that an earlier row answers are left out", self.path, again)
-        return found
+                continue  # a prompt without a response: reported by `generate`, if that prompt is requested
+            choices = answers.setdefault(prompt_id(record.messages[:-1]), [])
+            if (record.messages[-1], record.ended) not in choices:
+                choices.append((record.messages[-1], record.ended))
+        several = sum(len(choices) > 1 for choices in answers.values())
+        if several:
+            _log.info("%s has several responses to %d of %d prompts", self.path, several, len(answers))
+        return answers

@@ -1,23 +1,22 @@
-"""A cache of keys and values that grows in place.
+"""Key-value cache that grows in place.
 
 Letters: R rows, G key heads, T tokens so far, d head width.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-ROOM = 64
-"""Tokens that a layer has room for beyond what it holds, whenever it moves to a larger buffer."""
+HEADROOM = 64
+"""Free token slots that a layer gets beyond its current length whenever it moves to a larger buffer."""
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values `[R, G, T, d]` of one layer, views of buffers with room for more tokens.
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values `[R, G, T, d]` of one layer, as views of buffers with room for more tokens.
 
-    transformers' own layer copies all it holds for each new token, and again when rows leave. Here a token is written
-    into its place, and only rows that change places are moved.
+    The transformers layer copies its whole content for each new token, and again when rows leave. This layer writes a
+    new token into its slot, and moves only the rows whose index changes.
     """
 
     keys: Tensor
@@ -27,8 +26,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds keys and values `[R, G, t, d]` of t more tokens; gives those of all, `[R, G, T + t, d]`."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Appends keys and values `[R, G, t, d]` of t more tokens; returns those of all tokens, `[R, G, T + t, d]`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -47,20 +48,29 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         length, count = self.get_seq_length(), len(indices)
         moved = (indices != torch.arange(count, device=indices.device)).nonzero().squeeze(-1)
         keys, values = (buffer[:count] for buffer in self._buffers)
-        for kept, buffer in zip((keys, values), self._buffers, strict=True):
-            kept[moved, :, :length] = buffer[indices[moved], :, :length]
+        for target, buffer in zip((keys, values), self._buffers, strict=True):
+            target[moved, :, :length] = buffer[indices[moved], :, :length]
         self._buffers, self.keys, self.values = (keys, values), keys[:, :, :length], values[:, :, :length]
 
-    def _larger(self, held: Tensor, added: Tensor, length: int) -> Tensor:
-        rows, heads, more, width = added.shape
-        buffer = added.new_empty(rows, heads, length + more + ROOM, width)
+    def _larger(self, current: Tensor, new_states: Tensor, length: int) -> Tensor:
+        rows, heads, num_new, width = new_states.shape
+        buffer = new_states.new_empty(rows, heads, length + num_new + HEADROOM, width)
         if length:
-            buffer[:, :, :length] = held
+            buffer[:, :, :length] = current
         return buffer
 
 
-def roomy_cache(config: Any) -> Any:
-    """An empty cache for a model of this configuration; layers that are not plain attention are transformers' own."""
+def preallocated_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty cache for a model with this configuration; layers other than plain attention stay as transformers'."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def select_rows(cache: Cache, order: Tensor) -> None:
+    """Keeps the rows of a cache with the indices `order` `[R]`, in the states of recurrent layers too."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):  # these lack `batch_select_indices`
+            layer.reorder_cache(order)
+        else:
+            layer.batch_select_indices(order)

@@ -1,4 +1,4 @@
-"""A progress bar with tokens per second."""
+"""Progress bar that shows tokens per second."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,24 +15,27 @@ _outer: ContextVar[Advance | None] = ContextVar("outer", default=None)
 
 @contextmanager
 def token_bar(label: str, total: int, shown: bool = True) -> Iterator[Advance]:
-    """Shows on a terminal how many of `total` things are done and how fast tokens come; a bar within a bar joins it.
+    """Shows on a terminal how many of `total` items are done and the token rate; a nested bar advances the outer one.
 
     Args:
-        label: What is being done.
-        total: How many things there are.
-        shown: Whether anything is shown.
+        label: Text in front of the bar.
+        total: Number of items.
+        shown: Whether the bar is displayed.
 
     Yields:
-        A function that takes how many things, and how many tokens, have been done since the last call.
+        A function that takes the numbers of items and of tokens that were finished since the last call.
     """
     outer = _outer.get()
     if outer is not None:
         yield outer
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+    )
     console = get_console()
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(label, total=total, rate="-")

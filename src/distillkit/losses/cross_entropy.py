@@ -1,24 +1,43 @@
-"""Cross-entropy of the responses: supervised fine-tuning, and sequence-level distillation on a teacher's responses."""
+"""Cross-entropy: supervised fine-tuning, or sequence-level distillation on a teacher's responses."""
 
 from typing import ClassVar
 
 from torch import Tensor
 
-from distillkit import gradients
+from distillkit import divergences
+from distillkit.chunked.evaluate import PositionLoss, chunked_sum, gather_targets
 from distillkit.interfaces import Loss
-from distillkit.losses.slicing import Sliced, own_log_probs
 from distillkit.losses.token import checked_reduction, count_units, position_weights
 from distillkit.types import Batch, LossOutput, Reduction, Scores
 
 
-class CrossEntropy(Loss):
-    """Cross-entropy −log q(y) of the response's own tokens. It reads no teacher.
+class _TargetCrossEntropy(PositionLoss):
+    """Cross-entropy −log q(y) at each position; its column is the target token ids y."""
 
-    On a data set's responses it is supervised fine-tuning; on a teacher's it is sequence-level knowledge distillation
-    (Kim and Rush 2016, arXiv 1606.07947).
+    has_closed_form = True
+
+    def values(self, teacher_logp: Tensor | None, student_logp: Tensor, *columns: Tensor) -> Tensor:
+        (targets,) = columns
+        return -gather_targets(student_logp, targets)
+
+    def values_and_grad(
+        self, teacher_logp: Tensor | None, student_logp: Tensor, *columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (targets,) = columns
+        return divergences.cross_entropy_and_grad(student_logp, targets)
+
+
+_TARGET_CROSS_ENTROPY = _TargetCrossEntropy()
+
+
+class CrossEntropy(Loss):
+    """Cross-entropy −log q(y) of the response's tokens. It needs no teacher.
+
+    On a data set's responses this is supervised fine-tuning; on a teacher's responses it is sequence-level knowledge
+    distillation (Kim and Rush 2016, arXiv 1606.07947).
 
     Args:
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` or `token_mean`.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -28,19 +47,11 @@ class CrossEntropy(Loss):
         self.reduction = checked_reduction(type(self).__name__, reduction)
 
     def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
-        """Σ weight · −log q(y) over the batch's positions."""
-
-        def values(_: None, logq: Tensor, targets: Tensor) -> Tensor:
-            return -own_log_probs(logq, targets)
-
-        def gradient(_: None, logq: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return gradients.cross_entropy(logq, targets)
-
-        sliced = Sliced(self, student, None, values, gradient)
+        """Returns Σ weight · −log q(y) over the batch's positions."""
         weights = position_weights(batch, self.reduction)
-        total, (nll,) = sliced.sum(weights, extra=lambda part, *_: ((batch.targets[part],), ()))
-        return LossOutput(total, self.units(batch).to(total.device), {"nll": nll})
+        total, nll = chunked_sum(_TARGET_CROSS_ENTROPY, student, None, weights, (batch.targets,))
+        return LossOutput(total, self.units(batch).to(total.device, non_blocking=True), {"nll": nll})
 
     def units(self, batch: Batch) -> Tensor:
-        """Number of responses or of positions, as `reduction` says."""
+        """Returns the number of responses or positions, depending on `reduction`."""
         return count_units(batch.lengths, self.reduction)

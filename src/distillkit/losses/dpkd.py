@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from distillkit.errors import ConfigError, DataError
+from distillkit.chunked.likelihood import row_means, target_log_probs
+from distillkit.errors import DataError, check_range
 from distillkit.interfaces import Loss
-from distillkit.losses.likelihood import row_means, target_log_probs
 from distillkit.losses.token import side_of
 from distillkit.types import Batch, LossOutput, Scores
 
@@ -14,13 +14,13 @@ from distillkit.types import Batch, LossOutput, Scores
 class DPKD(Loss):
     """Prefers the teacher's response of a pair to the student's, with the teacher as the reference.
 
-    −log σ(β·[(log q(y_t) − log q(y_s)) − (log p(y_t) − log p(y_s))]), where log q(y) is the mean over the response's
-    positions of the student's log-probability of its own tokens, and p is the teacher. A unit is a pair.
+    −log σ(β·[(log q(y_t) − log q(y_s)) − (log p(y_t) − log p(y_s))]), where log q(y) is the mean of
+    the student's log-probabilities of the response's tokens, and p is the teacher. A unit is a pair.
 
     Li et al. 2024, arXiv 2406.19774.
 
     Args:
-        beta: β > 0, how sharply the preference is enforced.
+        beta: β > 0, sharpness of the preference.
 
     Raises:
         ConfigError: If `beta` is not above 0.
@@ -28,12 +28,11 @@ class DPKD(Loss):
 
     def __init__(self, beta: float = 0.2) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ConfigError(f"DPKD.beta must be above 0, got {beta}.")
+        check_range("DPKD.beta", beta, 0, closed="neither")
         self.beta = beta
 
     def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
-        """Sum over the batch's pairs."""
+        """Returns the sum over the batch's pairs."""
         assert teacher is not None, "DPKD needs a teacher"
         chosen, rejected = _pairs(batch)
         logq = row_means(target_log_probs(student, batch.targets), batch)
@@ -45,17 +44,17 @@ class DPKD(Loss):
             "student_logp_teacher_response": logq[chosen].detach(),
             "student_logp_student_response": logq[rejected].detach(),
         }
-        # The graph is kept without any pair as well: the sum of an empty selection is 0 with a gradient of 0.
+        # Without any pair there is a graph too: the sum of an empty selection is 0 with a gradient of 0.
         total = -logsigmoid(self.beta * margin).sum()
-        return LossOutput(total, self.units(batch).to(total.device), metrics)
+        return LossOutput(total, self.units(batch).to(total.device, non_blocking=True), metrics)
 
     def units(self, batch: Batch) -> Tensor:
-        """Number of pairs."""
+        """Returns the number of pairs."""
         return torch.tensor(float(len(_pairs(batch)[0])), dtype=torch.float64)
 
 
 def _pairs(batch: Batch) -> tuple[list[int], list[int]]:
-    """Rows of the teacher's and of the student's responses, pair by pair; others' stand in the teacher's place."""
+    """Returns the rows of the teacher's and of the student's responses, pair by pair; see `side_of`."""
     sides = [(pair, side_of(writer)) for pair, writer in zip(batch.pair, batch.writer, strict=True)]
     rows = {side: row for row, side in enumerate(sides)}
     pairs = sorted(set(batch.pair))

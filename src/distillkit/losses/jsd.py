@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distillkit import divergences, gradients
+from distillkit import divergences
 from distillkit.errors import ConfigError
 from distillkit.losses.token import TokenLoss
 from distillkit.types import Reduction
@@ -16,7 +16,7 @@ class GeneralizedJSD(TokenLoss):
 
     Args:
         beta: b in (0, 1), the teacher's share of the mixture.
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` or `token_mean`.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -40,9 +40,9 @@ class GeneralizedJSD(TokenLoss):
         self.beta = beta
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.jsd`."""
+        """Returns `divergences.jsd`."""
         return divergences.jsd(logp, logq, self.beta)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.jsd`."""
-        return gradients.jsd(logp, logq, self.beta)
+        """Returns `divergences.jsd_and_grad`."""
+        return divergences.jsd_and_grad(logp, logq, self.beta)

@@ -2,39 +2,39 @@
 
 from torch import Tensor
 
-from distillkit import divergences, gradients
+from distillkit import divergences
 from distillkit.losses.token import TokenLoss, checked_share
 from distillkit.types import Reduction
 
 
 class ForwardKL(TokenLoss):
-    """Forward KL, KL(p‖q) = Σ p (log p − log q): the student covers what the teacher would say.
+    """Forward KL, KL(p‖q) = Σ p (log p − log q): the student covers all that the teacher would generate.
 
-    Hinton et al. 2015, arXiv 1503.02531; at temperature 1 unless said otherwise, and times τ² only where asked for.
+    Hinton et al. 2015, arXiv 1503.02531. By default the temperature is 1 and the loss is not multiplied by τ².
     """
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.kl`."""
+        """Returns `divergences.kl`."""
         return divergences.kl(logp, logq)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.kl`."""
-        return gradients.kl(logp, logq)
+        """Returns `divergences.kl_and_grad`."""
+        return divergences.kl_and_grad(logp, logq)
 
 
 class ReverseKL(TokenLoss):
-    """Reverse KL, KL(q‖p) = Σ q (log q − log p): the student avoids what the teacher would not say.
+    """Reverse KL, KL(q‖p) = Σ q (log q − log p): the student avoids what the teacher would not generate.
 
-    Gu et al. 2023 (MiniLLM), arXiv 2306.08543; here exact over the vocabulary, not by policy gradient.
+    Gu et al. 2023 (MiniLLM), arXiv 2306.08543. Computed exactly over the vocabulary instead of by policy gradient.
     """
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.rkl`."""
+        """Returns `divergences.rkl`."""
         return divergences.rkl(logp, logq)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.rkl`."""
-        return gradients.rkl(logp, logq)
+        """Returns `divergences.rkl_and_grad`."""
+        return divergences.rkl_and_grad(logp, logq)
 
 
 class JeffreysKL(TokenLoss):
@@ -44,7 +44,7 @@ class JeffreysKL(TokenLoss):
 
     Args:
         weight: λ in [0, 1], weight of the reverse KL; 0 is ForwardKL, 1 is ReverseKL.
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` or `token_mean`.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -63,9 +63,9 @@ class JeffreysKL(TokenLoss):
         self.weight = checked_share("JeffreysKL.weight", weight, upper_closed=True)
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.jeffreys`."""
+        """Returns `divergences.jeffreys`."""
         return divergences.jeffreys(logp, logq, self.weight)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.jeffreys`."""
-        return gradients.jeffreys(logp, logq, self.weight)
+        """Returns `divergences.jeffreys_and_grad`."""
+        return divergences.jeffreys_and_grad(logp, logq, self.weight)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distillkit import divergences, gradients
+from distillkit import divergences
 from distillkit.losses.token import TokenLoss, checked_share
 from distillkit.types import Reduction
 
@@ -14,7 +14,7 @@ class SkewKL(TokenLoss):
 
     Args:
         alpha: α in [0, 1).
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` or `token_mean`.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -33,12 +33,12 @@ class SkewKL(TokenLoss):
         self.alpha = checked_share("SkewKL.alpha", alpha)
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.skl`."""
+        """Returns `divergences.skl`."""
         return divergences.skl(logp, logq, self.alpha)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.skl`."""
-        return gradients.skl(logp, logq, self.alpha)
+        """Returns `divergences.skl_and_grad`."""
+        return divergences.skl_and_grad(logp, logq, self.alpha)
 
 
 class SkewReverseKL(TokenLoss):
@@ -50,7 +50,7 @@ class SkewReverseKL(TokenLoss):
         alpha: α in [0, 1).
         detach_mixture: Whether the gradient stops at the student's half of the mixture, as in the code released with
             DistiLLM-2; the value is the same.
-        reduction: How positions are weighed.
+        reduction: Weighting of positions: `sequence_mean` or `token_mean`.
         temperature: τ > 0, divides both models' logits before the softmax.
         rescale: Whether the loss is multiplied by τ².
 
@@ -71,9 +71,9 @@ class SkewReverseKL(TokenLoss):
         self.detach_mixture = detach_mixture
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.srkl`."""
+        """Returns `divergences.srkl`."""
         return divergences.srkl(logp, logq, self.alpha, self.detach_mixture)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.srkl`."""
-        return gradients.srkl(logp, logq, self.alpha, self.detach_mixture)
+        """Returns `divergences.srkl_and_grad`."""
+        return divergences.srkl_and_grad(logp, logq, self.alpha, self.detach_mixture)

@@ -2,20 +2,20 @@
 
 from torch import Tensor
 
-from distillkit import divergences, gradients
+from distillkit import divergences
 from distillkit.losses.token import TokenLoss
 
 
 class TotalVariation(TokenLoss):
-    """Total variation distance, ½ Σ |p − q|: 1 minus the expected acceptance of the student as a draft model.
+    """Total variation distance, ½ Σ |p − q|: 1 minus the expected acceptance rate of the student as a draft model.
 
     Wen et al. 2023 (f-distill), arXiv 2307.15190.
     """
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`divergences.tvd`."""
+        """Returns `divergences.tvd`."""
         return divergences.tvd(logp, logq)
 
     def gradient(self, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradients.tvd`."""
-        return gradients.tvd(logp, logq)
+        """Returns `divergences.tvd_and_grad`."""
+        return divergences.tvd_and_grad(logp, logq)

@@ -1,1 +1,5 @@
-"""Loading students and teachers, and what is read off them."""
+"""Models: sources, loading, tokenizers, packed attention, pruning and scoring."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,21 +1,32 @@
-"""Reading a checkpoint through transformers: quietly, completely, and with failures of one line."""
+"""Checkpoints read through transformers: without progress bars, complete, and with one-line errors."""
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
-from distillkit.errors import ModelError
+from distillkit.errors import DistillKitError, ModelError
+from distillkit.models.finite import tensors_not_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# struct.error: a truncated GGUF file; SafetensorError: a truncated .safetensors file.
+_EXPECTED = (OSError, ValueError, ImportError, struct.error, SafetensorError)
+"""Errors whose message says enough."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides the progress bars and load reports of transformers, and leaves its settings as they were.
+    """Hides the progress bars and load reports of transformers, and restores its settings afterwards.
 
-    One bar stays, which transformers gives no switch for: the unpacking of a GGUF file, once per file.
+    One bar remains, which transformers offers no switch for: the unpacking of a GGUF file, once per file.
     """
     # Imported here: transformers takes a second, and the command line must start without it.
     from transformers.utils import logging
@@ -32,48 +43,101 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def explained(source: str, what: str) -> Iterator[None]:
-    """Turns the errors that transformers raises for a checkpoint it can't read into a `ModelError`.
+def explained(source: str, item: str) -> Iterator[None]:
+    """Turns the errors that transformers raises for an unreadable checkpoint into a `ModelError`.
 
     Args:
         source: The checkpoint as the user named it.
-        what: What is being read, such as `model`.
+        item: The part being read, such as `model` or `tokenizer`.
     """
     try:
         yield
-    # struct.error is a GGUF file that ends too early, SafetensorError a .safetensors file that does.
-    except (OSError, ValueError, ImportError, struct.error, SafetensorError) as error:
-        said = " ".join(str(error).split())
-        raise ModelError(f"{source}: the {what} can't be loaded. transformers says: {said}") from error
+    except DistillKitError:
+        raise
+    except Exception as error:  # a damaged folder leads to errors of any type, in transformers and below it
+        message = " ".join(str(error).split())
+        if not isinstance(error, _EXPECTED):
+            message = f"{type(error).__name__}: {message}"
+        if "trust_remote_code" in message:
+            raise ModelError(
+                f"{source} comes with Python code of its own, which its {item} needs. Read that code; if you trust it, "
+                "set `trust_remote_code: true` beside the source, and permit it (DISTILLKIT_ALLOW=remote_code)."
+            ) from error
+        raise ModelError(f"{source}: the {item} can't be loaded. transformers says: {message}") from error
 
 
-def read_model(folder: str, source: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Reads a causal language model, on the CPU and in eval mode.
+def read_model(folder: str, source: str, dtype: torch.dtype, **options: object) -> "PreTrainedModel":
+    """Reads a causal language model onto the CPU, in eval mode.
 
     Args:
-        folder: What transformers' `from_pretrained` takes: a hub id or a folder.
-        source: The same as the user named it, for errors.
-        dtype: Type of the parameters. The rotary frequencies stay in float32, which `model.to(dtype)` would not give.
+        folder: Hub id or folder, as transformers' `from_pretrained` takes it.
+        source: The model as the user named it, for error messages.
+        dtype: Type of the parameters. The rotary frequencies stay in float32, which `model.to(dtype)` would convert.
         options: Further arguments of `from_pretrained`.
 
     Returns:
         A transformers causal language model.
 
     Raises:
-        ModelError: If it can't be read, or its tensors are not exactly those that its config asks for.
+        ModelError: If it can't be read, its tensors do not match its config exactly, one is not finite, or an adapter
+            lies beside it.
     """
     from transformers import AutoModelForCausalLM  # here, for a fast start: see `quiet`
 
+    # transformers asks on standard input whether code of the model may run, unless it is told.
+    arguments = {"trust_remote_code": False} | options
     with quiet(), explained(source, "model"):
         # Shapes are compared below, where the error can name the source and be one line.
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put an adapter on it and frozen the rest
+        raise ModelError(
+            f"{source} is an adapter (it has an adapter_config.json). Download it, and name a folder with nothing but "
+            "the adapter: it is then merged into its base model."
         )
     _require_complete(info, source)
+    _require_finite(model, source)
     return model
 
 
-def _require_complete(info: Mapping[str, Any], source: str) -> None:
+def _require_finite(model: nn.Module, source: str) -> None:
+    broken = tensors_not_finite(model)
+    if broken:
+        raise ModelError(
+            f"{source}: its tensor {broken[0]} has entries that are NaN or infinite. Save the model again from a "
+            "checkpoint whose loss was finite."
+        )
+
+
+def write_model(model: nn.Module, folder: Path, **arguments: object) -> None:
+    """Writes a model with `save_pretrained`, quietly, and lets others read its files.
+
+    Args:
+        model: A transformers model, or one that peft has wrapped.
+        folder: Target folder.
+        arguments: Further arguments of `save_pretrained`.
+    """
+    with quiet():
+        model.save_pretrained(folder, **arguments)  # type: ignore[operator]
+    share_files(folder)
+
+
+def share_files(folder: Path) -> None:
+    """Gives each file of a folder the permissions that new files have (the umask's).
+
+    safetensors creates its files for their owner alone, so that a server under another user could not read them.
+    """
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def _require_complete(info: Mapping[str, Iterable[str | tuple[str, ...]]], source: str) -> None:
     for key, words in (
         ("mismatched_keys", "in other shapes than"),
         ("missing_keys", "missing although"),

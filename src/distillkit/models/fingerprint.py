@@ -1,4 +1,4 @@
-"""A short name for exactly these weights."""
+"""Fingerprints of model weights: a short hash that identifies them exactly."""
 
 import hashlib
 
@@ -9,19 +9,20 @@ from torch import Tensor, nn
 def fingerprint(model: nn.Module) -> str:
     """The first 16 hex digits of a sha256 over the model's state dict: names, shapes, types and bytes, by name.
 
-    Two models agree if they would save the same tensors. Tied weights count once. One tensor at a time is on the host.
+    Two models have the same fingerprint if they would save the same tensors. Tied weights count once. Only one tensor
+    at a time is copied to the host.
 
     Args:
-        model: On any device. Not sharded: the shards of one rank are not the model.
+        model: The model, on any device. It must not be sharded: one rank's shards are not the whole model.
 
     Returns:
         16 hex digits, the same in every process and on every device.
     """
     digest = hashlib.sha256()
-    seen: set[int] = set()
+    hashed: set[int] = set()  # ids of tensors
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if id(tensor) not in seen:  # with keep_vars tied weights are one object
-            seen.add(id(tensor))
+        if id(tensor) not in hashed:  # with keep_vars tied weights are one object
+            hashed.add(id(tensor))
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]

@@ -1,57 +1,44 @@
-"""From a transformers model to scores: hidden states at response positions, and the head that makes logits of them.
+"""Scores from a transformers model: hidden states at response positions, with the model's output head.
 
 Letters: B rows, T tokens, N response positions, D hidden width, V vocabulary.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from distillkit.devices import streams
 from distillkit.errors import ModelError
-from distillkit.heads import OutputHead
 from distillkit.interfaces import Teacher
 from distillkit.models import packing
+from distillkit.models.capabilities import capabilities
+from distillkit.models.heads import logits_width, output_head
+from distillkit.models.structure import base_model as base_model
+from distillkit.models.structure import last_states, text_body
 from distillkit.types import Batch, Scores, Slicing
 
-_log = logging.getLogger(__name__)
 
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model, also where peft has wrapped it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def logits_width(model: nn.Module) -> int:
-    """How many logits the model gives, padding of the vocabulary included."""
-    head = base_model(model).get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(model).__name__} has no output embedding: only causal language models can be used.")
-    return int(head.weight.shape[0])
-
-
-def share_vocab(student: nn.Module, teacher: Teacher | None, num_tokens: int, say: Callable[[str], None]) -> int:
-    """Cuts the teacher to the logits that both models have.
+def share_vocab(student: nn.Module, teacher: Teacher | None, num_tokens: int, log: Callable[[str], None]) -> int:
+    """Limits the teacher to the logits that both models have.
 
     Args:
         student: A transformers causal language model.
-        teacher: The teacher, set up; None leaves the student's logits.
-        num_tokens: Tokens of the tokenizer that both share.
-        say: Told if the widths differ.
+        teacher: The teacher, after `setup`; None for a run without one.
+        num_tokens: Number of tokens of the shared tokenizer.
+        log: Called with a message if the widths differ.
 
     Returns:
         V, the number of logits that both have.
 
     Raises:
-        ModelError: If the tokenizer has more tokens than that.
+        ModelError: If the tokenizer has more tokens than both models have logits.
     """
     width = logits_width(student)
     vocab = width if teacher is None else min(width, teacher.vocab_size)
     if teacher is not None and width != teacher.vocab_size:
-        say(f"The student has {width} logits and the teacher {teacher.vocab_size}: both are cut to {vocab}.")
+        log(f"The student has {width} logits and the teacher {teacher.vocab_size}: both are cut to {vocab}.")
     if num_tokens > vocab:
         raise ModelError(f"The tokenizer has {num_tokens} tokens and the models share {vocab} logits.")
     if teacher is not None:
@@ -59,109 +46,91 @@ def share_vocab(student: nn.Module, teacher: Teacher | None, num_tokens: int, sa
     return vocab
 
 
-def output_head(model: nn.Module, vocab: int) -> OutputHead:
-    """The model's head, cut to `vocab` tokens."""
-    base = base_model(model)
-    text = base.config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return OutputHead(base.get_output_embeddings(), vocab, scale, getattr(text, "final_logit_softcapping", None))
-
-
 def score(model: nn.Module, batch: Batch, vocab: int, slicing: Slicing | None = None) -> Scores:
     """Scores of the batch's response positions; prompt and padding positions never reach the head.
 
     Args:
         model: A transformers causal language model.
-        batch: Rows; their packed form is used if the model can take it.
-        vocab: V.
-        slicing: How a loss is run over them; None is as `Slicing` has it.
+        batch: The rows; their packed form is used if the model supports it.
+        vocab: V, number of tokens that are scored.
+        slicing: Memory and compilation of a loss over the scores; None is `Slicing()`.
     """
-    body, line = base_model(model).get_decoder(), batch.packed
-    if line is not None and packs(model):
-        hidden = packing.run(body, line)[line.positions]  # [L, D] -> [N, D]
+    packed, limits = batch.packed, capabilities(model).positions
+    length = batch.input_ids.shape[1]
+    limits.check(length, type(base_model(model)).__name__, "the longest row of a batch")
+    # A row past the switch has other rotary frequencies than those before it.
+    switched = limits.switch is not None and length > limits.switch
+    if packed is not None and not switched and packs(model):
+        hidden = packing.run(text_body(model), packed)[packed.positions]  # [L, D] -> [N, D]
     else:
-        found = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
-        hidden = found.last_hidden_state.flatten(0, 1)[batch.positions]  # [B·T, D] -> [N, D]
-    return Scores(hidden, output_head(model, vocab), vocab, slicing=slicing or Slicing())
+        hidden = row_states(model, batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.positions]  # -> [N, D]
+    head = output_head(model, vocab)
+    return Scores(head.narrowed(hidden), head, vocab, slicing=slicing or Slicing())
+
+
+def row_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states `[B, T, D]` of rows that are padded on the right, each as if it were run alone.
+
+    Args:
+        model: A transformers causal language model.
+        input_ids: `[B, T]` token ids.
+        attention_mask: `[B, T]` bool, True at every token that is not padding; states at padding are arbitrary.
+    """
+    ability, body, width = capabilities(model), text_body(model), input_ids.shape[1]
+    switch = ability.positions.switch
+    if ability.layout != "single" and (switch is None or width <= switch):
+        return last_states(body, input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False)
+    lengths = attention_mask.sum(-1).tolist()
+    states: dict[int, Tensor] = {}
+    for rows in batchable(lengths, ability.layout == "single", switch):
+        longest = max(lengths[row] for row in rows)
+        ids, mask = input_ids[rows, :longest], attention_mask[rows, :longest]
+        hidden = last_states(body, input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        states |= dict(zip(rows, pad(hidden, (0, 0, 0, width - longest)), strict=True))
+    return torch.stack([states[row] for row in range(len(lengths))])
+
+
+def batchable(lengths: Sequence[int], single: bool, switch: int | None) -> list[list[int]]:
+    """Indices of the rows that may be run as one batch: each alone, or those on the same side of the switch.
+
+    Args:
+        lengths: Tokens of each row.
+        single: Whether rows must be run one at a time.
+        switch: Length past which a row's rotary frequencies are others; None if there is none.
+    """
+    if single:
+        return [[row] for row in range(len(lengths))]
+    sides = [
+        [row for row, length in enumerate(lengths) if (switch is not None and length > switch) is past]
+        for past in (False, True)
+    ]
+    return [rows for rows in sides if rows]
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether the model takes rows end to end. Found out the first time, by a small batch that is run both ways."""
-    base = base_model(model)
-    if not hasattr(base, _PACKS):
-        with evaluating(model), torch.no_grad():
-            device = base.get_output_embeddings().weight.device
-            reason = packing.install(base.config.get_text_config(), base.get_decoder(), device)
-        setattr(base, _PACKS, reason is None)
-        if reason is not None:
-            _log.info("%s is given padded rows: %s", type(base).__name__, reason)
-    found: bool = getattr(base, _PACKS)
-    return found
-
-
-_PACKS = "_distillkit_packs"
+    """True if the model supports packed rows."""
+    return capabilities(model).layout == "packed"
 
 
 def side_by_side(
-    student: Callable[[], Scores], teacher: Callable[[], Scores] | None, device: torch.device
+    student: Callable[[], Scores], teacher: Callable[[], Scores] | None, device: torch.device, in_turn: bool = False
 ) -> tuple[Scores, Scores | None]:
-    """Scores by both models; on a GPU each on a stream of its own.
+    """Scores of both models; on a GPU each model runs on its own stream.
 
     Args:
-        student: Scores by the student.
-        teacher: Scores by the teacher; None if there is none.
-        device: Where they are.
+        student: Computes the student's scores.
+        teacher: Computes the teacher's scores; None without a teacher.
+        device: Device of both models.
+        in_turn: Whether both run on the same stream, one after the other.
     """
-    if teacher is None or device.type != "cuda":
+    backend = streams.backend(device)
+    if teacher is None or backend is None or in_turn:
         return student(), None if teacher is None else teacher()
-    here = torch.cuda.current_stream(device)
-    beside = _streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    beside.wait_stream(here)
-    with torch.cuda.stream(beside):
-        by_teacher = teacher()
-    by_student = student()
-    here.wait_stream(beside)
-    for made in (by_teacher.hidden, by_teacher.support, by_teacher.own):
-        if made is not None:
-            made.record_stream(here)  # its memory must not be used again before `here` is done with it
-    return by_student, by_teacher
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each submodule's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@torch.no_grad()
-def check_head(model: nn.Module, name: str) -> None:
-    """Refuses an architecture whose logits are not its last hidden states through its head.
-
-    Args:
-        model: The model, on the device that it will run on.
-        name: What the error calls it.
-
-    Raises:
-        ModelError: If the model's own logits differ from those of `output_head`.
-    """
-    base = base_model(model)
-    device = base.get_output_embeddings().weight.device
-    ids = torch.arange(4, device=device)[None]  # [1, 4], any tokens do
-    with evaluating(model):
-        expected = base(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        found = output_head(model, expected.shape[-1])(hidden).float()
-    if not torch.allclose(expected, found, atol=1e-2 * float(expected.abs().max().clamp_min(1.0)), rtol=1e-2):
-        raise ModelError(
-            f"{name}: {type(base).__name__} computes its logits in a way that distillkit does not know, "
-            f"they differ by {float((expected - found).abs().max()):.3g}."
-        )
+    main, side = backend.current_stream(device), streams.side_stream(device, "teacher")
+    side.wait_stream(main)
+    with backend.stream(side):
+        teacher_scores = teacher()
+    student_scores = student()
+    main.wait_stream(side)
+    # The allocator reuses the teacher's memory on `side` alone, and `side` waits for `main` before its next use.
+    return student_scores, teacher_scores

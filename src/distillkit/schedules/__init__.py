@@ -1,6 +1,5 @@
-"""Numbers that move with training. Their clock is the optimizer step."""
+"""Schedules: values that change during training, once per optimizer step."""
 
-from distillkit.schedules.adaptive import AdaptiveAlpha
-from distillkit.schedules.fixed import Constant, Cosine, Linear, Piecewise
+import lazy_loader
 
-__all__ = ["AdaptiveAlpha", "Constant", "Cosine", "Linear", "Piecewise"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Schedules that depend on the share of training that is done, and on nothing else."""
+"""Fixed schedules: values that depend only on the completed share of training."""
 
 import math
 from abc import abstractmethod
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, check_range
 from distillkit.interfaces import Schedule
 from distillkit.types import Progress, Summary
 
 
 class FixedSchedule(Schedule):
-    """Template: a number given by the share of training that is done."""
+    """Template for schedules whose value depends only on the completed share of training."""
 
     _value: Tensor
 
@@ -23,23 +23,23 @@ class FixedSchedule(Schedule):
 
     @abstractmethod
     def at(self, fraction: float) -> float:
-        """The number when `fraction` in [0, 1] of the optimizer steps is done."""
+        """Returns the value when `fraction`, in [0, 1], of the optimizer steps is done."""
 
     @property
     def value(self) -> Tensor:
-        """The number now: 0-dim."""
+        """The current value, 0-dim."""
         return self._value
 
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
-        """Moves to `progress`; `metrics` is not read."""
+        """Sets the value for `progress`; ignores `metrics`."""
         self._value.fill_(self.at(progress.fraction))
 
 
 class Constant(FixedSchedule):
-    """A number that does not move.
+    """A value that never changes.
 
     Args:
-        constant: The number.
+        constant: The value.
     """
 
     def __init__(self, constant: float) -> None:
@@ -47,66 +47,63 @@ class Constant(FixedSchedule):
         super().__init__()
 
     def at(self, fraction: float) -> float:
-        """The constant."""
         return self.constant
 
 
 class _Ramp(FixedSchedule):
-    """Template: from `start` to `end` over a first share of training."""
+    """Template for ramps from `start` to `end` over a first share of training."""
 
     def __init__(self, start: float, end: float, until: float = 1.0) -> None:
-        if not 0 < until <= 1:
-            raise ConfigError(
-                f"{type(self).__name__}.until must lie in (0, 1], a share of the optimizer steps, got {until}."
-            )
+        note = ", a share of the optimizer steps"
+        check_range(f"{type(self).__name__}.until", until, 0, 1, closed="right", note=note)
         self.start, self.end, self.until = start, end, until
         super().__init__()
 
     def done(self, fraction: float) -> float:
-        """Share of the way, in [0, 1]."""
+        """Returns the completed share of the ramp, in [0, 1]."""
         return min(fraction / self.until, 1.0)
 
 
 class Linear(_Ramp):
-    """Straight from `start` to `end` over the first `until` of training, then constant.
+    """A linear ramp from `start` to `end` over the first `until` of training, then constant.
 
     Args:
-        start: Number before the first step.
-        end: Number that is reached.
-        until: Share of the optimizer steps after which `end` is reached, in (0, 1].
+        start: Value before the first step.
+        end: Final value.
+        until: Share of the optimizer steps after which the final value is reached, in (0, 1].
 
     Raises:
         ConfigError: If `until` is outside (0, 1].
     """
 
     def at(self, fraction: float) -> float:
-        """`start + (end − start) · fraction / until`, at most `end`."""
+        """Returns `start + (end − start) · fraction / until`, at most `end`."""
         return self.start + (self.end - self.start) * self.done(fraction)
 
 
 class Cosine(_Ramp):
-    """Along half a cosine from `start` to `end` over the first `until` of training, then constant.
+    """Half a cosine from `start` to `end` over the first `until` of training, then constant.
 
     Args:
-        start: Number before the first step.
-        end: Number that is reached.
-        until: Share of the optimizer steps after which `end` is reached, in (0, 1].
+        start: Value before the first step.
+        end: Final value.
+        until: Share of the optimizer steps after which the final value is reached, in (0, 1].
 
     Raises:
         ConfigError: If `until` is outside (0, 1].
     """
 
     def at(self, fraction: float) -> float:
-        """`end + (start − end) · (1 + cos(π · fraction / until)) / 2`."""
+        """Returns `end + (start − end) · (1 + cos(π · fraction / until)) / 2`."""
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * self.done(fraction)))
 
 
 class Piecewise(FixedSchedule):
-    """Straight lines between given points; constant before the first and after the last.
+    """Linear interpolation between points; constant before the first and after the last.
 
     Args:
-        points: Pairs of a share of the optimizer steps in [0, 1] and the number there, in ascending order of the share.
-            Two points of one share are a jump, to the second.
+        points: Pairs of a share of the optimizer steps in [0, 1] and the value at it, in ascending order of the share.
+            Two points with the same share are a jump to the second value.
 
     Raises:
         ConfigError: If there is no point, or a share is outside [0, 1] or smaller than the one before.
@@ -122,7 +119,7 @@ class Piecewise(FixedSchedule):
         super().__init__()
 
     def at(self, fraction: float) -> float:
-        """The number on the line between the points around `fraction`."""
+        """Returns the value interpolated between the two points around `fraction`."""
         below = [point for point in self.points if point[0] <= fraction]
         above = [point for point in self.points if point[0] > fraction]
         if not below:

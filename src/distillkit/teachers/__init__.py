@@ -1,1 +1,5 @@
-"""Teachers: they score positions, without a gradient."""
+"""Teachers: models that score response positions without a gradient, live or from a cache on disk."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,6 +1,6 @@
-"""A teacher whose scores are kept on disk, so that no row is scored twice.
+"""Cached teacher: scores are stored on disk, so that no row is scored twice.
 
-Letters: N response positions, D hidden width, K tokens that are kept, V vocabulary.
+Letters: N response positions, D hidden width, K stored tokens of a position, V vocabulary.
 """
 
 import hashlib
@@ -8,46 +8,49 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
+from distillkit.chunked.output_head import OutputHead
 from distillkit.data.collate import collate
+from distillkit.devices import distributed
 from distillkit.errors import ConfigError, ModelError, StoreError
-from distillkit.fetch import cache_dir
 from distillkit.interfaces import Teacher
 from distillkit.models.fingerprint import fingerprint
-from distillkit.models.scoring import output_head
-from distillkit.score_cache import ScoreCache
-from distillkit.teachers.card import Card, read_card, read_head, write_card, write_head
-from distillkit.teachers.kept import Kept, KeptHidden, KeptTopK, plain_head
-from distillkit.types import Batch, Row, Scores
+from distillkit.models.heads import output_head
+from distillkit.remote.wheels import cache_dir
+from distillkit.storage.scores import ScoreCache
+from distillkit.teachers.metadata import TeacherMetadata, read_head, read_metadata, write_head, write_metadata
+from distillkit.teachers.score_format import HiddenFormat, ScoreFormat, TopKFormat, plain_head
+from distillkit.types import Batch, Row, Scores, Tokenizer
 
 _log = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""Tokens of a batch that is scored ahead, padding included. A GPU is busy with 8192 and their activations stay below a
-gigabyte for 7B parameters; a CPU gains nothing from more than 2048, and its caches hold less."""
+"""Tokens of a batch when a round is scored in advance, padding included. 8192 keep a GPU busy with less than a gigabyte
+of activations for 7B parameters; a CPU gains nothing from more than 2048, which no longer fit its caches."""
 
 
 class CachedTeacher(Teacher):
-    """Another teacher, whose scores are kept on disk: what it says about a response is computed once.
+    """A wrapper that stores another teacher's scores on disk, so that each response is scored once.
 
-    The rows of a round are scored before the round begins, divided over the ranks, and the model then leaves the
-    memory. A run whose rows are all known never loads it. The folder may be shared by runs, also at the same time.
+    The rows of a round are scored before the round begins, divided among the ranks, and the model is then unloaded. A
+    run whose rows are all cached never loads it. Several runs may share the folder, also at the same time.
 
     Args:
-        teacher: The teacher whose scores are kept.
-        keep: `hidden` keeps hidden states, from which the scores are the teacher's own, bit for bit; `top_k` keeps the
-            most likely tokens and all others as one, which is less to store and an approximation.
-        k: Number of tokens that `top_k` keeps of each position, at least 1 and below the size of the vocabulary.
-        folder: Where scores are kept; None is a folder of the teacher's own in the user's cache.
-        unload: Whether the model leaves the memory once a round is scored. Loading it again takes seconds: False suits
-            rounds of a few steps, each of which has new responses to score.
+        teacher: The teacher whose scores are cached.
+        keep: What is stored. `hidden`: hidden states, from which the teacher's scores are restored bit for bit;
+            `top_k`: the k most likely tokens, and all others together, which is smaller and an approximation.
+        k: Number of tokens that `top_k` stores per position, at least 1 and below the vocabulary size.
+        folder: Folder of the scores; None is one named after the teacher's weights, in the user's cache.
+        unload: Whether the model is unloaded once a round is scored. Loading it again takes seconds: use False for
+            rounds of a few steps, each with new responses to score.
 
     Raises:
-        ConfigError: If `k` is below 1, or `folder` is None and the teacher's weights have no name.
+        ConfigError: If `k` is below 1, the teacher has another tokenizer, or `folder` is None and the teacher does not
+            name its weights.
     """
 
     def __init__(
@@ -60,74 +63,78 @@ class CachedTeacher(Teacher):
     ) -> None:
         if not teacher.shares_tokens:
             raise ConfigError(
-                f"CachedTeacher keeps scores of the run's tokens, and a {type(teacher).__name__} has others."
+                f"CachedTeacher stores scores of the student's tokens, and a {type(teacher).__name__} has others. "
+                "Use that teacher without CachedTeacher."
             )
         if k < 1:
             raise ConfigError(f"CachedTeacher.k must be at least 1, got {k}.")
         if folder is None and type(teacher).identity is Teacher.identity:
             raise ConfigError(
-                f"CachedTeacher.folder is missing: a {type(teacher).__name__} doesn't say which weights it has "
-                "(Teacher.identity), so that its scores need a folder of their own."
+                f"CachedTeacher.folder is missing. A {type(teacher).__name__} does not name its weights "
+                "(Teacher.identity), so name a folder for its scores."
             )
         self.teacher, self.keep, self.k, self.folder, self.unloads = teacher, keep, k, folder, unload
         self._device: torch.device | None = None
-        self._root, self._card = Path(), Card(None, None, 0)
+        self._root, self._metadata = Path(), TeacherMetadata(None, None, 0)
         self._vocab = 0
-        self._kept: Kept | None = None
+        self._format: ScoreFormat | None = None
         self._cache: ScoreCache | None = None
 
     def setup(self, device: torch.device) -> None:
-        """Loads the head that was kept, or the teacher if nothing is known of it yet.
+        """Loads the cached head, or the teacher if the folder has no metadata for it yet.
 
         Raises:
             ConfigError: If `k` is not below the size of the vocabulary.
-            ModelError: If the teacher's hidden states can't be kept, or nothing names its weights.
-            StoreError: If the folder holds another teacher's scores.
+            ModelError: If the teacher's hidden states can't be cached, or its weights have no name.
+            StoreError: If the folder has another teacher's scores.
         """
         if self._device is not None:
             return
         identity = self.teacher.identity()
-        self._root = self._place(identity)
-        card = read_card(self._root)
-        # A name that differs may still be of the same weights: a copied folder, another machine.
-        known = card is not None and identity in (None, card.identity)
-        head = read_head(self._root / "hidden", card, device) if known and card and self.keep == "hidden" else None
+        self._root = self._cache_folder(identity)
+        metadata = read_metadata(self._root)
+        # Another identity may still name the same weights (a copied folder, another machine): load and compare them.
+        same = metadata is not None and identity in (None, metadata.identity)
+        cached = metadata if same and self.keep == "hidden" else None
+        head = None if cached is None else read_head(self._root / "hidden", cached, device)
         self._device = device
-        if card is None or not known or (self.keep == "hidden" and head is None):
-            card, head = self._introduce(card, identity)
-        self._card, self._vocab = card, card.width
-        self._check_k(card.width)
-        self._kept = None if head is None else KeptHidden(head)
+        if metadata is None or not same or (self.keep == "hidden" and head is None):
+            metadata, head = self._write_metadata(metadata, identity)
+        self._metadata, self._vocab = metadata, metadata.width
+        self._check_k(metadata.width)
+        self._format = None if head is None else HiddenFormat(head)
 
-    def _place(self, identity: str | None) -> Path:
+    def _cache_folder(self, identity: str | None) -> Path:
         if self.folder is not None:
             return Path(self.folder).expanduser()
         if identity is None:
-            raise ModelError("The teacher's weights are missing, which name its cache: set CachedTeacher.folder.")
+            raise ModelError("The teacher has no weight files to name its cache after. Set CachedTeacher.folder.")
         return cache_dir() / "teachers" / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
-    def _introduce(self, known: Card | None, identity: str | None) -> tuple[Card, Any]:
-        """Loads the teacher and writes down what is to be known without it."""
+    def _write_metadata(
+        self, stored: TeacherMetadata | None, identity: str | None
+    ) -> tuple[TeacherMetadata, OutputHead | None]:
+        """Loads the teacher, and writes its metadata and head, which later runs read instead of the model."""
         self._load()
         model = self.teacher.model
-        own = self.teacher.fingerprint()
-        if own is None and model is not None:
-            own = fingerprint(model)
-        if known is not None and known.fingerprint != own:
+        weights = self.teacher.fingerprint()
+        if weights is None and model is not None:
+            weights = fingerprint(model)
+        if stored is not None and stored.fingerprint != weights:
             raise StoreError(
-                f"{self._root} holds scores of the teacher {known.fingerprint}, and this one is {own}: "
-                "name another CachedTeacher.folder."
+                f"{self._root} holds scores of the teacher {stored.fingerprint}, and this one is {weights}. "
+                "Name another CachedTeacher.folder."
             )
-        card, head = Card(identity, own, self.teacher.vocab_size), None
+        metadata, head = TeacherMetadata(identity, weights, self.teacher.vocab_size), None
         if self.keep == "hidden":
             if model is None:
-                raise ModelError("CachedTeacher.keep: hidden needs a teacher with a model in this process: use top_k.")
-            head = plain_head(output_head(model, card.width))
-            if _rank() == 0:
-                write_head(self._root / "hidden", card, head)
-        if _rank() == 0:
-            write_card(self._root, card)
-        return card, head
+                raise ModelError("CachedTeacher.keep: hidden needs a teacher with a model in this process. Use top_k.")
+            head = plain_head(output_head(model, metadata.width))
+            if distributed.rank() == 0:
+                write_head(self._root / "hidden", metadata, head)
+        if distributed.rank() == 0:
+            write_metadata(self._root, metadata)
+        return metadata, head
 
     def _load(self) -> None:
         assert self._device is not None, "setup comes first"
@@ -140,81 +147,86 @@ class CachedTeacher(Teacher):
         self.teacher.unload()
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """Scores the rows that are not known yet, each once, the ranks a part each, and unloads the model.
+        """Scores the rows that are not cached yet, each once, divided among the ranks, and unloads the model.
 
-        A run that was killed and goes on forms the very batches that it would have formed: rows are sorted, and a
-        batch is on disk as a whole or not at all.
+        A run that is resumed after a crash forms the same batches as an uninterrupted one: rows are sorted, and a
+        batch is on disk completely or not at all.
         """
-        cache = self._opened()
+        cache = self._open_cache()
         cache.refresh()
         unique = {row.key: row for row in rows if any(row.response_mask)}
         missing = [unique[key] for key in cache.missing(list(unique))]
-        _barrier()  # none writes before all have looked: they must agree on what is missing
+        distributed.barrier()  # no rank writes before all have read: they must agree on what is missing
         assert self._device is not None
         limit = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cuda"])
-        batches = list(_batches(missing, limit))[_rank() :: _world()]
+        batches = list(_batches(missing, limit))[distributed.rank() :: distributed.world_size()]
         if batches:
-            self._score_ahead(batches, cache)
-        _barrier()
+            self._score_batches(batches, cache)
+        distributed.barrier()
         cache.refresh()
         if self.unloads:
             self.unload()
 
-    def _score_ahead(self, batches: Sequence[Sequence[Row]], cache: ScoreCache) -> None:
+    def _score_batches(self, batches: Sequence[Sequence[Row]], cache: ScoreCache) -> None:
         assert self._device is not None
         start, num_positions, num_bytes = time.perf_counter(), 0, 0
         for rows in batches:
-            # Padding is masked, so that any token will do; there is one of id 0.
+            # Padding is masked, so any token will do; id 0 always exists.
             batch = collate(rows, pad_id=0).to(self._device)
             num_positions += batch.num_tokens
-            num_bytes += self._add(batch, cache)
+            num_bytes += self._score_batch(batch, cache)
         cache.flush()
         _log.info(
             "the teacher scored %d rows, %d positions in %.1f s; %d bytes to %s",
-            sum(map(len, batches)), num_positions, time.perf_counter() - start, num_bytes, cache.folder,
-        )  # fmt: skip
+            sum(map(len, batches)),
+            num_positions,
+            time.perf_counter() - start,
+            num_bytes,
+            cache.folder,
+        )
 
     @torch.no_grad()
-    def _add(self, batch: Batch, cache: ScoreCache) -> int:
-        """Scores a batch and keeps those of its rows that are not kept yet; the number of bytes."""
+    def _score_batch(self, batch: Batch, cache: ScoreCache) -> int:
+        """Scores a batch and stores those of its rows that are not cached yet; returns the number of bytes."""
         self._load()
-        assert self._kept is not None
-        # In the teacher's own type, whatever the student is trained in.
+        assert self._format is not None
+        # In the teacher's dtype, whatever precision the student is trained in.
         with torch.autocast(batch.positions.device.type, enabled=False):
-            packed = self._kept.pack(self.teacher.score(batch), batch.targets)
+            columns = self._format.pack(self.teacher.score(batch), batch.targets)
         missing = set(cache.missing([key for key, length in zip(batch.keys, batch.lengths, strict=True) if length]))
-        parts = {name: torch.split(tensor, list(batch.lengths)) for name, tensor in packed.items()}
-        rows = {key: place for place, key in enumerate(batch.keys) if key in missing}  # each once
-        kept = {name: torch.cat([part[place] for place in rows.values()]) for name, part in parts.items()}
-        cache.write(list(rows), [batch.lengths[place] for place in rows.values()], kept)
-        return sum(tensor.nbytes for tensor in kept.values())
+        parts = {name: torch.split(tensor, list(batch.lengths)) for name, tensor in columns.items()}
+        rows = {key: row for row, key in enumerate(batch.keys) if key in missing}  # each once
+        new = {name: torch.cat([part[row] for row in rows.values()]) for name, part in parts.items()}
+        cache.write(list(rows), [batch.lengths[row] for row in rows.values()], new)
+        return sum(tensor.nbytes for tensor in new.values())
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Scores:
-        """Scores of the batch's N response positions; rows that were not prepared are scored now, and kept."""
-        cache = self._opened()
-        assert self._kept is not None
+        """Scores of the batch's N response positions; rows that are not cached are scored now and stored."""
+        cache = self._open_cache()
+        assert self._format is not None
         keys = [key for key, length in zip(batch.keys, batch.lengths, strict=True) if length]
         if cache.missing(keys):
-            cache.refresh()  # another rank may have had them
+            cache.refresh()  # another rank may have scored them
         if cache.missing(keys):
-            self._add(batch, cache)
+            self._score_batch(batch, cache)
             cache.flush()
-        return self._kept.unpack(cache.read(keys, batch.positions.device), self._vocab)
+        return self._format.unpack(cache.read(keys, batch.positions.device), self._vocab)
 
-    def _opened(self) -> ScoreCache:
-        """The cache, which depends on the vocabulary if only the most likely tokens of it are kept."""
+    def _open_cache(self) -> ScoreCache:
+        """The cache, opened at the first use: with `top_k` its folder depends on the vocabulary size."""
         assert self._device is not None, "setup comes first"
-        if self._kept is None:
-            self._kept = KeptTopK(self.k, self._vocab)
+        if self._format is None:
+            self._format = TopKFormat(self.k, self._vocab)
         if self._cache is None:
-            settings = {"teacher": self._card.fingerprint, **self._kept.settings}
-            self._cache = ScoreCache(self._root / self._kept.name, self._kept.columns, settings, _rank())
+            settings = {"teacher": self._metadata.fingerprint, **self._format.settings}
+            self._cache = ScoreCache(self._root / self._format.name, self._format.columns, settings, distributed.rank())
         return self._cache
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The teacher's tokenizer."""
-        return self.teacher.tokenizer()
+        tokenizer: Tokenizer = self.teacher.tokenizer()
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -222,7 +234,7 @@ class CachedTeacher(Teacher):
         return self._vocab
 
     def limit_vocab(self, size: int) -> None:
-        """Cuts the scores to the first `size` tokens; the most likely tokens are then those among them.
+        """Cuts the scores to the first `size` tokens; `top_k` then stores the most likely of these.
 
         Raises:
             ConfigError: If `k` is not below `size`.
@@ -230,35 +242,45 @@ class CachedTeacher(Teacher):
         self._check_k(size)
         self._vocab = min(self._vocab, size)
         if self.keep == "top_k":
-            self._kept = self._cache = None
+            self._format = self._cache = None
 
     def _check_k(self, size: int) -> None:
         if self.keep == "top_k" and self.k >= size:
             raise ConfigError(f"CachedTeacher.k must be below the {size} tokens of the vocabulary, got {self.k}.")
 
+    @property
+    def display_name(self) -> str:
+        """Name of the teacher that is cached."""
+        return self.teacher.display_name
+
     def identity(self) -> str | None:
-        """That of the teacher whose scores are kept."""
+        """Identity of the teacher whose scores are cached."""
         return self.teacher.identity()
 
     def fingerprint(self) -> str | None:
         """The fingerprint of the teacher's weights, from the folder; None before `setup`."""
-        return self._card.fingerprint
+        return self._metadata.fingerprint
 
     @property
     def model(self) -> nn.Module | None:
-        """The teacher's model, which is loaded if it is not there."""
+        """The teacher's model, loaded if necessary."""
         if self._device is not None:
             self._load()
         return self.teacher.model
 
     @property
-    def scorer(self) -> nn.Module | None:
-        """The head if hidden states are kept, else nothing; the model is not loaded."""
-        return self._kept.head.module if isinstance(self._kept, KeptHidden) else None
+    def unloads_between_rounds(self) -> bool:
+        """True if the constructor's `unload` is."""
+        return self.unloads
+
+    @property
+    def scoring_module(self) -> nn.Module | None:
+        """The head if hidden states are cached, otherwise None; the model is not loaded."""
+        return self._format.head.module if isinstance(self._format, HiddenFormat) else None
 
 
 def _batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
-    """Rows of similar length, the shortest first, of at most `limit` tokens with padding, or one row."""
+    """Batches of rows of similar length, shortest first: at most `limit` tokens with padding, or a single row."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: (len(row.input_ids), row.key)):
         if batch and (len(batch) + 1) * len(row.input_ids) > limit:
@@ -267,20 +289,3 @@ def _batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def _rank() -> int:
-    return distributed.get_rank() if _many() else 0
-
-
-def _world() -> int:
-    return distributed.get_world_size() if _many() else 1
-
-
-def _barrier() -> None:
-    if _many():
-        distributed.barrier()
-
-
-def _many() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -1,34 +1,9 @@
-"""Contract tests that every part of a kind must pass, for the built-in parts and for a plugin's alike.
+"""Contract tests that every part of a kind must pass, built in or from a plugin.
 
-Nothing here needs pytest: each `check_…` raises an AssertionError that names the broken promise. Each `…Contract` class
-holds the same promises as test methods.
+Nothing in this package needs pytest: each `check_…` raises an AssertionError that names the broken promise. Each
+`…Contract` class has the same checks as test methods.
 """
 
-from distillkit.testing.batches import make_batch, make_rows
-from distillkit.testing.curators import CuratorContract, SeededGenerator, check_curator, make_prompts
-from distillkit.testing.generators import GeneratorContract, check_generator
-from distillkit.testing.losses import LossContract, TokenLossContract, check_loss
-from distillkit.testing.schedules import ScheduleContract, check_schedule
-from distillkit.testing.teachers import BigramTeacher, TeacherContract, check_teacher
-from distillkit.testing.verifiers import VerifierContract, check_verifier
+import lazy_loader
 
-__all__ = [
-    "BigramTeacher",
-    "CuratorContract",
-    "GeneratorContract",
-    "LossContract",
-    "ScheduleContract",
-    "SeededGenerator",
-    "TeacherContract",
-    "TokenLossContract",
-    "VerifierContract",
-    "check_curator",
-    "check_generator",
-    "check_loss",
-    "check_schedule",
-    "check_teacher",
-    "check_verifier",
-    "make_batch",
-    "make_prompts",
-    "make_rows",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Small batches for tests, made the way training makes them."""
+"""Small random batches for tests, collated as in training."""
 
 from collections.abc import Sequence
 
@@ -19,15 +19,15 @@ def make_rows(
     """Rows of random tokens: a prompt of 1 to 4 tokens, then the response.
 
     Args:
-        lengths: Tokens of each row's response, at least 0; as many response positions.
-        writers: Who wrote each row.
-        pairs: Number of the prompt that each row answers.
-        vocab: Tokens are drawn from `0 … vocab − 1`.
+        lengths: Number of response tokens of each row, at least 0.
+        writers: Writer of each row's response.
+        pairs: Index of the prompt that each row answers.
+        vocab: Tokens are sampled from `0 … vocab − 1`.
         seed: Seed of the responses.
-        prompt_seed: Seed of the prompts and of their lengths; None is `seed`. Each row has a prompt of its own.
+        prompt_seed: Seed of the prompts and their lengths; None is `seed`. Each row has its own prompt.
 
     Returns:
-        As many rows as there are lengths.
+        One row per length.
     """
     responses = torch.Generator().manual_seed(seed)
     prompts = torch.Generator().manual_seed(seed if prompt_seed is None else prompt_seed)
@@ -55,14 +55,14 @@ def make_batch(
     seed: int = 0,
     prompt_seed: int | None = None,
 ) -> Batch:
-    """A batch of the rows that `make_rows` makes of the same arguments, padded with token 0.
+    """A batch of the rows of `make_rows`, padded with token 0.
 
     Args:
-        lengths: Tokens of each row's response, at least 0; as many response positions.
-        writers: Who wrote each row.
-        pairs: Number of the prompt that each row answers.
-        vocab: Tokens are drawn from `0 … vocab − 1`.
+        lengths: Number of response tokens of each row, at least 0.
+        writers: Writer of each row's response.
+        pairs: Index of the prompt that each row answers.
+        vocab: Tokens are sampled from `0 … vocab − 1`.
         seed: Seed of the responses.
-        prompt_seed: Seed of the prompts and of their lengths; None is `seed`.
+        prompt_seed: Seed of the prompts and their lengths; None is `seed`.
     """
     return collate(make_rows(lengths, writers, pairs, vocab, seed, prompt_seed), pad_id=0)

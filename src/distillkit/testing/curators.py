@@ -1,122 +1,128 @@
-"""The promises that every curator keeps, as tests: `check_curator` for one, `CuratorContract` for pytest."""
+"""Contract tests of curators: `check_curator` for a single one, `CuratorContract` for pytest."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any
 
 import torch
 from torch import nn
 
 from distillkit.interfaces import Curator, Generator
-from distillkit.types import Progress, Prompt, Prompts, Response, Row, Sampling
+from distillkit.testing.contract import broken, run_tests, unlogged_schedules
+from distillkit.types import Progress, Prompt, Prompts, Response, Row, Sampling, Tokenizer
 
 NUM_PROMPTS, NUM_ROUNDS = 12, 4
 
 
 def check_curator(curator: Curator) -> None:
-    """Checks every promise of `CuratorContract`.
+    """Runs all tests of `CuratorContract`.
 
     Args:
         curator: The curator, before its first round; it is copied, not changed.
 
     Raises:
-        AssertionError: If a promise is broken; the message says which.
+        AssertionError: If a promise is broken; the message says which one.
     """
     contract = CuratorContract()
-    contract.make = lambda: curator  # type: ignore[method-assign]
-    for name in dir(contract):
-        if name.startswith("test_"):
-            getattr(contract, name)()
+    run_tests(contract, lambda: curator)
 
 
 class CuratorContract:
-    """What every `Curator` promises. Subclass it as `Test…`, and write `make`; pytest does the rest."""
+    """The contract of every `Curator` as tests. Subclass it as `Test…` and implement `make`; pytest does the rest."""
 
     def make(self) -> Curator:
         """The curator under test, before its first round."""
-        raise NotImplementedError("write make(), which returns the curator under test")
+        raise NotImplementedError("write make(): it returns the curator under test")
 
     def prompts(self) -> Prompts:
-        """The prompts of a run, each with a response of its own; override it for a curator that needs others."""
+        """Prompts of a run, each with its own reference response; override it for a curator that needs others."""
         return make_prompts(NUM_PROMPTS)
 
-    def test_says_how_long_a_round_lasts(self) -> None:
+    def test_rounds_is_valid(self) -> None:
         """`rounds` is `once`, `epoch` or a number of optimizer steps."""
         rounds = self.make().rounds
-        named = rounds in ("once", "epoch") or (isinstance(rounds, int) and rounds >= 1)
-        self._require(named, f"rounds must be once, epoch or a number of steps from 1, got {rounds!r}")
+        valid = rounds in ("once", "epoch") or (isinstance(rounds, int) and rounds >= 1)
+        self._require(valid, f"rounds must be once, epoch or a number of steps from 1, got {rounds!r}")
 
-    def test_gives_each_prompt_as_many_rows_as_every_other(self) -> None:
-        """In every round, whatever its size; the rows of one prompt stand together."""
+    def test_each_prompt_gets_equally_many_rows(self) -> None:
+        """The number of rows per prompt is the same in every round, and the rows of a prompt are adjacent."""
         curator, prompts = self._prepared()
         sizes = set()
-        for number in range(NUM_ROUNDS):
-            asked = Prompts(prompts.items[number:], number)
-            rows = self._curate(curator, asked)
-            size, rest = divmod(len(rows), len(asked))
-            self._require(size > 0 and rest == 0, f"{len(asked)} prompts got {len(rows)} rows")
+        for round_index in range(NUM_ROUNDS):
+            round_prompts = Prompts(prompts.items[round_index:], round_index)
+            rows = self._curate(curator, round_prompts)
+            size, rest = divmod(len(rows), len(round_prompts))
+            self._require(size > 0 and rest == 0, f"{len(round_prompts)} prompts got {len(rows)} rows")
             sizes.add(size)
             groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-            together = all(len({row.prompt_id for row in group}) == 1 for group in groups)
-            self._require(together, "the rows of one prompt must stand together")
+            adjacent = all(len({row.prompt_id for row in group}) == 1 for group in groups)
+            self._require(adjacent, "the rows of a prompt must be adjacent")
         self._require(len(sizes) == 1, f"the number of rows per prompt must not change, got {sorted(sizes)}")
 
     def test_gives_rows_that_can_be_trained_on(self) -> None:
-        """A row begins with its prompt; its mask is as long as its tokens and leaves out the first."""
+        """A row begins with its prompt; its mask is as long as its tokens and excludes the first."""
         curator, prompts = self._prepared()
-        known = {prompt.id: prompt for prompt in prompts}
-        for number in range(NUM_ROUNDS):
-            for row in self._curate(curator, prompts.at_round(number)):
-                self._require(row.prompt_id in known, f"a row is of prompt {row.prompt_id}, for which nobody asked")
-                own = known[row.prompt_id].input_ids
-                self._require(row.input_ids[: len(own)] == own, "a row must begin with its prompt's tokens")
+        by_id = {prompt.id: prompt for prompt in prompts}
+        for round_index in range(NUM_ROUNDS):
+            for row in self._curate(curator, prompts.at_round(round_index)):
+                self._require(row.prompt_id in by_id, f"a row has prompt {row.prompt_id}, which is not in the run")
+                prompt_ids = by_id[row.prompt_id].input_ids
+                starts = row.input_ids[: len(prompt_ids)] == prompt_ids
+                self._require(starts, "a row must begin with its prompt's tokens")
                 self._require(len(row.response_mask) == len(row.input_ids), "a mask must be as long as the tokens")
                 self._require(not row.response_mask[0], "a row must not train on its first token")
 
-    def test_gives_the_same_rows_to_the_same_question(self) -> None:
-        """On every rank: nothing depends on a random state, and a round may be asked for again."""
+    def test_is_deterministic(self) -> None:
+        """All ranks get the same rows: no random state matters, and a round may be curated again."""
         (first, prompts), (second, _) = self._prepared(), self._prepared()
-        for number in range(NUM_ROUNDS):
-            torch.manual_seed(number)
-            expected = self._curate(first, prompts.at_round(number))
-            self._require(self._curate(second, prompts.at_round(number)) == expected, "two copies give different rows")
-            again = self._curate(first, prompts.at_round(number))
-            self._require(again == expected, "a round that is asked for again gives different rows")
-            self._move(number, first, second)
+        for round_index in range(NUM_ROUNDS):
+            torch.manual_seed(round_index)
+            round_prompts = prompts.at_round(round_index)
+            expected = self._curate(first, round_prompts)
+            self._require(self._curate(second, round_prompts) == expected, "two copies must return the same rows")
+            again = self._curate(first, round_prompts)
+            self._require(again == expected, "a round that is curated again must return the same rows")
+            self._move(round_index, first, second)
 
-    def test_goes_on_where_its_checkpoint_stopped(self) -> None:
-        """Saved within a round and loaded into a fresh curator, it gives that round's rows again, and then the next."""
+    def test_resumes_from_a_checkpoint(self) -> None:
+        """A new curator that loads its state within a round returns that round's rows again, and then the next ones."""
         for stop in range(NUM_ROUNDS):
             (curator, prompts), (resumed, _) = self._prepared(), self._prepared()
-            for number in range(stop + 1):
-                expected = self._curate(curator, prompts.at_round(number))
-                self._move(number, curator)
+            for round_index in range(stop + 1):
+                expected = self._curate(curator, prompts.at_round(round_index))
+                self._move(round_index, curator)
             resumed.load_state_dict(copy.deepcopy(curator.state_dict()))
             self._move(stop, resumed)
-            found = self._curate(resumed, prompts.at_round(stop))
-            self._require(found == expected, f"resumed within round {stop} it gives other rows")
-            following = [self._curate(one, prompts.at_round(stop + 1)) for one in (curator, resumed)]
-            self._require(following[0] == following[1], f"resumed within round {stop} it goes on with other rows")
+            rows = self._curate(resumed, prompts.at_round(stop))
+            self._require(rows == expected, f"resumed within round {stop}, it must return the same rows")
+            original, continued = (self._curate(each, prompts.at_round(stop + 1)) for each in (curator, resumed))
+            self._require(original == continued, f"resumed within round {stop}, the next round must have the same rows")
 
-    def test_may_be_written_ahead(self) -> None:
-        """Training moves between `begin` and `curate`; a checkpoint may hold two rounds that are asked for again."""
-        (ahead, prompts), (plain, _), (resumed, _) = self._prepared(), self._prepared(), self._prepared()
-        before: Sequence[Row] = ()
-        for number in range(NUM_ROUNDS):
-            ahead.begin(number)
-            plain.begin(number)
-            expected = self._curate(plain, prompts.at_round(number))
-            self._move(number, ahead, plain)
-            found = self._curate(ahead, prompts.at_round(number))
-            self._require(found == expected, "a round that is written after training moved has other rows")
-            resumed.load_state_dict(copy.deepcopy(ahead.state_dict()))
-            for again, rows in ((number - 1, before), (number, found)):
+    def test_may_be_prefetched(self) -> None:
+        """Training continues between `on_round_start` and `curate`; after a resume two rounds may be curated again."""
+        (prefetching, prompts), (plain, _), (resumed, _) = self._prepared(), self._prepared(), self._prepared()
+        previous: Sequence[Row] = ()
+        for round_index in range(NUM_ROUNDS):
+            prefetching.on_round_start(round_index)
+            plain.on_round_start(round_index)
+            expected = self._curate(plain, prompts.at_round(round_index))
+            self._move(round_index, prefetching, plain)
+            rows = self._curate(prefetching, prompts.at_round(round_index))
+            self._require(rows == expected, "curate must use the state at on_round_start, not that after training")
+            resumed.load_state_dict(copy.deepcopy(prefetching.state_dict()))
+            for again, same_rows in ((round_index - 1, previous), (round_index, rows)):
                 if again >= 0:
-                    resumed.begin(again)
-                    same = self._curate(resumed, prompts.at_round(again)) == rows
-                    self._require(same, f"resumed while round {number} was written ahead, round {again} has other rows")
-            before = found
+                    resumed.on_round_start(again)
+                    same = self._curate(resumed, prompts.at_round(again)) == same_rows
+                    self._require(
+                        same, f"resumed after prefetching round {round_index}, round {again} must be the same"
+                    )
+            previous = rows
+
+    def test_each_schedule_has_a_name_in_the_log(self) -> None:
+        """`schedules` returns every schedule within the curator."""
+        missing = unlogged_schedules(self.make())
+        self._require(not missing, f"schedules() must name each schedule for the log, it leaves out {missing}")
 
     def _prepared(self) -> tuple[Curator, Prompts]:
         curator, prompts = copy.deepcopy(self.make()), self.prompts()
@@ -133,25 +139,25 @@ class CuratorContract:
         for curator in curators:
             curator.update(Progress(step + 1, NUM_ROUNDS), {})
 
-    def _require(self, kept: bool, promise: str) -> None:
-        if not kept:
-            raise AssertionError(f"{type(self.make()).__name__} breaks its contract: {promise}.")
+    def _require(self, condition: bool, promise: str) -> None:
+        if not condition:
+            raise broken(self.make(), promise)
 
 
 class SeededGenerator(Generator):
-    """Writes random tokens, each response from its own seed alone, some of them cut; its text is their sum.
+    """Generates random tokens, each response from its own seed only, some of them cut; its text is their sum.
 
     Args:
-        writer: Part of the seeds: two writers write differently.
+        writer: Name that is part of the seeds: generators of different writers return different responses.
     """
 
-    models = ()
+    needs_models = ()
 
     def __init__(self, writer: str) -> None:
         self.writer = writer
 
-    def refresh(self, model: nn.Module, tokenizer: Any) -> None:
-        """Takes nothing."""
+    def refresh(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        """Does nothing."""
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """One response of 1 to 6 tokens per prompt, in their order."""
@@ -166,16 +172,16 @@ class SeededGenerator(Generator):
 
 
 def make_prompts(count: int) -> Prompts:
-    """Prompts of different lengths, each with a response of its own that ends in a number.
+    """Prompts of different lengths, each with its own reference response that ends in a number.
 
     Args:
         count: Number of prompts.
     """
-    return Prompts(tuple(_prompt(number) for number in range(count)))
+    return Prompts(tuple(_prompt(index) for index in range(count)))
 
 
-def _prompt(number: int) -> Prompt:
-    ids = tuple(range(10, 13 + number % 4))
-    message = {"role": "user", "content": f"Question {number}"}
+def _prompt(index: int) -> Prompt:
+    ids = tuple(range(10, 13 + index % 4))
+    message = {"role": "user", "content": f"Question {index}"}
     mask = (False,) * len(ids) + (True, True)
-    return Prompt(f"p{number}", (message,), ids, (*ids, 50 + number, 1), mask, reference=f"It is {number}.")
+    return Prompt(f"p{index}", (message,), ids, (*ids, 50 + index, 1), mask, reference=f"It is {index}.")

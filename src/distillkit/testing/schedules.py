@@ -1,4 +1,4 @@
-"""The promises that every schedule keeps, as tests: `check_schedule` for one, `ScheduleContract` for pytest."""
+"""Contract tests of schedules: `check_schedule` for a single one, `ScheduleContract` for pytest."""
 
 import copy
 from collections.abc import Mapping
@@ -7,41 +7,39 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.interfaces import Schedule
+from distillkit.testing.contract import broken, run_tests
 from distillkit.types import Progress, Summary
 
 NUM_STEPS = 20
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Checks every promise of `ScheduleContract`.
+    """Runs all tests of `ScheduleContract`.
 
     Args:
         schedule: The schedule, before its first step; it is copied, not changed.
 
     Raises:
-        AssertionError: If a promise is broken; the message says which.
+        AssertionError: If a promise is broken; the message says which one.
     """
     contract = ScheduleContract()
-    contract.make = lambda: schedule  # type: ignore[method-assign]
-    for name in dir(contract):
-        if name.startswith("test_"):
-            getattr(contract, name)()
+    run_tests(contract, lambda: schedule)
 
 
 class ScheduleContract:
-    """What every `Schedule` promises. Subclass it as `Test…`, and write `make`; pytest does the rest."""
+    """The contract of every `Schedule` as tests. Subclass it as `Test…` and implement `make`; pytest does the rest."""
 
     def make(self) -> Schedule:
         """The schedule under test, before its first step."""
-        raise NotImplementedError("write make(), which returns the schedule under test")
+        raise NotImplementedError("write make(): it returns the schedule under test")
 
     def metrics(self, step: int) -> Mapping[str, Summary]:
-        """What the loss reported in a step; override it for a schedule that reads something else than `gap`."""
+        """Metrics that the loss reports in a step; override it for a schedule that reads others than `gap`."""
         gap = torch.tensor(0.1 + 0.01 * step)
         return {"gap": Summary(gap, gap - 0.05, gap + 0.05, torch.tensor(4.0 + step % 3))}
 
     def test_is_a_finite_number_without_gradient(self) -> None:
-        """`value` is 0-dim, finite and detached, from the start to beyond the end."""
+        """`value` is 0-dim, finite and detached, from the start to beyond the last step."""
         schedule = self._schedule()
         self._require_number(schedule, "as constructed")
         for step in range(NUM_STEPS + 2):
@@ -50,8 +48,8 @@ class ScheduleContract:
         schedule.update(Progress(0, 0), {})
         self._require_number(schedule, "in a run of no steps")
 
-    def test_gives_each_row_a_number_without_gradient(self) -> None:
-        """`for_rows` gives one finite, detached number per row in the gaps' dtype, also for no row."""
+    def test_for_rows_is_finite_and_without_gradient(self) -> None:
+        """`for_rows` returns one finite, detached value per row in the gaps' dtype, also for an empty batch."""
         schedule = self._schedule()
         for step in range(NUM_STEPS + 1):
             self._move(schedule, step)
@@ -63,40 +61,44 @@ class ScheduleContract:
                 _require(bool(rows.isfinite().all()), schedule, f"for_rows must be finite, got {rows}")
 
     def test_does_not_move_between_steps(self) -> None:
-        """Being read, or told the same progress again, changes nothing."""
+        """Reading it changes nothing, nor does a second update with the same progress."""
         schedule = self._schedule()
         for step in range(4):
             self._move(schedule, step)
         before = _read(schedule)
-        _require(_same(before, _read(schedule)), schedule, "it must not move by being read")
+        _require(_same(before, _read(schedule)), schedule, "reading it must not change it")
         schedule.update(Progress(3, NUM_STEPS), {})
-        _require(_same(before, _read(schedule)), schedule, "it must not move when it is told the same progress again")
+        _require(_same(before, _read(schedule)), schedule, "a second update with the same progress must not change it")
 
-    def test_goes_on_where_its_checkpoint_stopped(self) -> None:
-        """Saved and loaded into a fresh schedule, it continues as if nothing had happened."""
+    def test_resumes_from_a_checkpoint(self) -> None:
+        """A new schedule that loads its state continues like the original."""
         for stop in (0, 3, NUM_STEPS - 1):
             schedule, resumed = self._schedule(), self._schedule()
             for step in range(stop + 1):
                 self._move(schedule, step)
             resumed.load_state_dict(copy.deepcopy(schedule.state_dict()))
             _require(
-                _same(_read(schedule), _read(resumed)), schedule, f"its state of step {stop} is not in its buffers"
+                _same(_read(schedule), _read(resumed)), schedule, f"its buffers must contain its state of step {stop}"
             )
             for step in range(stop + 1, NUM_STEPS + 1):
                 self._move(schedule, step)
                 self._move(resumed, step)
-            _require(_same(_read(schedule), _read(resumed)), schedule, f"resumed at step {stop} it ends elsewhere")
+            _require(
+                _same(_read(schedule), _read(resumed)),
+                schedule,
+                f"resumed at step {stop} it must end at the same value",
+            )
 
     def test_keeps_its_precision_in_a_half_precision_run(self) -> None:
-        """Casting the module that holds it leaves its buffers as they are."""
+        """Casting a module that contains it does not change its buffers."""
         schedule = self._schedule()
         for step in range(4):
             self._move(schedule, step)
         before = copy.deepcopy(schedule.state_dict())
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             after = nn.ModuleList([copy.deepcopy(schedule)]).to(dtype)[0].state_dict()
-            kept = all(after[name].dtype == own.dtype and torch.equal(after[name], own) for name, own in before.items())
-            _require(kept, schedule, f"a cast to {dtype} must leave its buffers as they are")
+            same = all(after[name].dtype == old.dtype and torch.equal(after[name], old) for name, old in before.items())
+            _require(same, schedule, f"a cast to {dtype} must not change its buffers")
 
     def _schedule(self) -> Schedule:
         return copy.deepcopy(self.make())
@@ -111,16 +113,16 @@ class ScheduleContract:
         _require(bool(value.isfinite()), schedule, f"value must be finite, got {value} {when}")
 
 
-def _require(kept: bool, schedule: Schedule, promise: str) -> None:
-    if not kept:
-        raise AssertionError(f"{type(schedule).__name__} breaks its contract: {promise}.")
+def _require(condition: bool, schedule: Schedule, promise: str) -> None:
+    if not condition:
+        raise broken(schedule, promise)
 
 
 def _read(schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Copies of the value and of those of a few rows."""
+    """Copies of the value and of the values of a few rows."""
     gap = torch.tensor([-0.3, 0.0, 0.1, 0.2, 0.9])
     return schedule.value.clone(), schedule.for_rows(gap).clone()
 
 
 def _same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:
-    return all(torch.equal(own, other) for own, other in zip(first, second, strict=True))
+    return all(torch.equal(*pair) for pair in zip(first, second, strict=True))

@@ -1,6 +1,4 @@
-"""A tiny model and a tiny tokenizer for tests, made on the spot; nothing is downloaded."""
-
-from typing import Any
+"""Tiny model and tokenizer for tests, created in memory; nothing is downloaded."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,11 +22,11 @@ system user assistant Tell me a short story. Once upon a time there was a small 
 """
 
 
-def tiny_tokenizer(vocab: int = 320) -> Any:
-    """Byte-level BPE with ChatML; any text can be encoded. Ids: <|im_start|> 0, <|im_end|> 1 (end and pad).
+def tiny_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML, which encodes any text. Ids: <|im_start|> 0, <|im_end|> 1 (end and pad).
 
     Args:
-        vocab: Tokens at most.
+        vocab: Maximum number of tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,15 +44,17 @@ def tiny_tokenizer(vocab: int = 320) -> Any:
     return tokenizer
 
 
-def tiny_model(vocab: int = 320, layers: int = 2, hidden: int = 32, seed: int = 0, **config: object) -> Any:
-    """A random Llama in eval mode. Its weights depend on `seed` alone; the global random state is left as it was.
+def tiny_model(
+    vocab: int = 320, layers: int = 2, hidden: int = 32, seed: int = 0, **config: object
+) -> LlamaForCausalLM:
+    """A random Llama in eval mode. Its weights depend on `seed` only; the global random state does not change.
 
     Args:
         vocab: V, width of the logits.
-        layers: Number of layers.
-        hidden: D, divisible by 4.
-        seed: Of the weights.
-        config: Settings of a LlamaConfig besides these.
+        layers: Number of decoder layers.
+        hidden: D, hidden width, divisible by 4.
+        seed: Seed of the weights.
+        config: Further settings of the LlamaConfig.
     """
     settings: dict[str, object] = {
         "vocab_size": vocab,
@@ -67,7 +67,7 @@ def tiny_model(vocab: int = 320, layers: int = 2, hidden: int = 32, seed: int = 
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": END_ID,
-        # No pad id: transformers would zero that row of the embedding and stop its gradient.
+        # No pad id: transformers would zero its embedding and stop its gradient.
         "pad_token_id": None,
         # Wide enough that predictions differ clearly between tokens and between seeds.
         "initializer_range": 0.2,

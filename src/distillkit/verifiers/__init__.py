@@ -1,1 +1,5 @@
-"""Verifiers: they judge a response."""
+"""Verifiers: functions that score a response to a prompt."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,87 +1,111 @@
-"""Judging Python code by running it against tests. It is off unless it is allowed."""
+"""Verifier for Python code: runs the response against tests. Execution is off by default."""
 
+import ast
+import json
 import logging
 import os
-import re
+import secrets
+import selectors
+import socket
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import astuple
 
-from distillkit.errors import ConfigError, DataError
+from distillkit.errors import ConfigError, DataError, check_range
 from distillkit.interfaces import Verifier
+from distillkit.remote import consent
 from distillkit.types import Prompts, Response
+from distillkit.verifiers.code_blocks import Block, code_blocks
+from distillkit.verifiers.sandbox import Mode, Sandbox
 
 _log = logging.getLogger(__name__)
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_LIMITED = """\
-import sys
-try:
-    import resource
-except ImportError:  # not Unix
-    pass
-else:
-    memory, seconds = int(sys.argv[1]), int(sys.argv[2])
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**24, 2**24))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-word, _, source = sys.stdin.read().partition("\\n")
-exec(compile(source, "response", "exec"), {"__name__": "__main__"})
-sys.stdout.write(word)
-"""
-
 
 class PythonTests(Verifier):
-    """1 if a response's Python code passes the tests that came as the prompt's response, else 0.
+    """1 if a response's Python code passes the tests in the prompt's reference response, else 0.
 
-    The tests are statements, such as assertions, that run after the code: as in HumanEval (Chen et al. 2021, arXiv
-    2107.03374) and MBPP. The code is the response's fenced blocks, or else all of it.
+    The tests are statements, such as assertions, that run after the code, as in HumanEval (Chen et al. 2021, arXiv
+    2107.03374) and MBPP. The code is the content of the response's fenced Python blocks, or the whole response if it
+    has no fences; it runs as an imported module, without its `if __name__ == "__main__"`.
 
-    **A model's program runs with your rights.** Each runs in a process and an empty folder of its own, without the
-    environment's variables, with limits on time, memory and file size (on Unix), but neither the network nor your files
-    are closed to it: allow it within a container or on a machine that has nothing to lose.
+    Code and tests run in two processes, and the tests call the code through a socket: values of Python's own types
+    cross it, other objects are used by reference. So code can't read what the tests expect or report their success. An
+    object of a class that the code defines never equals plain data.
+
+    **Generated programs are dangerous.** In bubblewrap they have neither a network nor your files, and all their
+    processes end with them. Without it they have your permissions, within limits on time, memory and file size: they
+    can read your files and other processes, use the network and leave processes behind. So this needs your consent in
+    the environment, `DISTILLKIT_ALLOW=code`: give it only in a container or on a machine where they can do no harm.
 
     Args:
-        allow_execution: Whether programs that a model wrote may run here.
-        timeout: Seconds for each program, at least 1.
-        memory: MiB for each program, at least 64.
-        workers: Programs at once, at least 1.
+        allow_execution: Whether to run programs that a model generated.
+        timeout: Seconds per program, at least 1.
+        memory: MiB for all processes of a program together, at least 64; they are at most 64, threads included.
+        workers: Number of programs that run at the same time, at least 1.
+        sandbox: `bubblewrap` requires it, `none` runs without it, and `auto` uses it where it works.
 
     Raises:
-        ConfigError: If `allow_execution` is not set, or a number is out of range.
+        ConfigError: If `allow_execution` is not set, a number is out of range, bubblewrap is required and doesn't
+            work, or the user's environment does not permit programs without it (`DISTILLKIT_ALLOW=code`).
     """
 
     needs_reference = True
 
-    def __init__(self, allow_execution: bool = False, timeout: int = 10, memory: int = 1024, workers: int = 4) -> None:
-        for name, number, least in (("timeout", timeout, 1), ("memory", memory, 64), ("workers", workers, 1)):
-            if number < least:
-                raise ConfigError(f"PythonTests.{name} must be at least {least}, got {number}.")
+    def __init__(
+        self,
+        allow_execution: bool = False,
+        timeout: int = 10,
+        memory: int = 1024,
+        workers: int = 4,
+        sandbox: Mode = "auto",
+    ) -> None:
+        check_range("PythonTests.timeout", timeout, 1)
+        check_range("PythonTests.memory", memory, 64)
+        check_range("PythonTests.workers", workers, 1)
         if not allow_execution:
             raise ConfigError(
-                "PythonTests runs programs that a model wrote, with your rights and without a sandbox: set "
-                "allow_execution to true where that can do no harm, such as in a container without a network."
+                "PythonTests runs generated programs. Set PythonTests.allow_execution to true only where that is safe: "
+                "with `sandbox: bubblewrap`, or in a container without a network."
             )
-        _log.warning("PythonTests runs programs that a model wrote, with your rights and without a sandbox")
         self.timeout, self.memory, self.workers = timeout, memory, workers
+        self.sandbox = Sandbox(sandbox)
+        if not self.sandbox.is_closed:
+            reason = f" ({self.sandbox.problem})" if self.sandbox.problem else ""
+            warning = f"PythonTests runs generated programs with your permissions and without a sandbox{reason}"
+            consent.require("code", warning)
+            _log.warning("%s", warning)
 
     def check(self, prompts: Prompts) -> None:
-        """Refuses prompts without tests.
+        """Checks that every prompt has tests that test something.
 
         Raises:
-            DataError: If one has none, or they are no Python.
+            DataError: If a prompt has no tests, they are not valid Python, or they only define functions.
         """
         for prompt in prompts:
             where = f"prompt {prompt.messages[-1]['content'][:60]!r}"
             if not (prompt.reference or "").strip():
-                raise DataError(f"PythonTests needs tests in the place of the data's response, and {where} has none.")
+                raise DataError(
+                    f"PythonTests needs tests as the response in the data, and {where} has none: add them, or use "
+                    "another verifier."
+                )
             try:
-                compile(prompt.reference or "", "tests", "exec")
-            except (SyntaxError, ValueError) as error:
-                raise DataError(f"PythonTests: the tests of {where} are no Python ({error}): correct them.") from error
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tree = ast.parse(prompt.reference or "")
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                raise DataError(
+                    f"PythonTests: the tests of {where} are not valid Python ({error}): correct them."
+                ) from error
+            if not any(isinstance(node, ast.Assert | ast.Call | ast.Raise) for node in _executed(tree)):
+                raise DataError(
+                    f"PythonTests: the tests of {where} test nothing, so that any response would pass: add assertions, "
+                    "or a call of the function that has them, such as check(candidate)."
+                )
 
     def verify(self, prompts: Prompts, responses: Sequence[Response]) -> list[float]:
         """0 or 1 for each response.
@@ -90,29 +114,52 @@ class PythonTests(Verifier):
             DataError: If a prompt has no tests.
         """
         self.check(prompts)
-        programs = [
-            f"{code_of(response.text)}\n\n{prompt.reference}\n"
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
         with ThreadPoolExecutor(self.workers) as pool:
-            return [float(passed) for passed in pool.map(self._passes, programs)]
+            programs = [code_blocks(response.text) for response in responses]
+            tests = [prompt.reference or "" for prompt in prompts]
+            return [float(passed) for passed in pool.map(self._passes, programs, tests)]
 
-    def _passes(self, program: str) -> bool:
-        """Whether a program gets to its end, where a word is written; one that means to deceive could write it too."""
-        word = os.urandom(16).hex()
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-I", "-c", _LIMITED, str(self.memory * 2**20), str(self.timeout)]
-            try:
-                done = subprocess.run(
-                    command, input=f"{word}\n{program}".encode("utf-8", "replace"), capture_output=True,
-                    cwd=folder, env={}, timeout=self.timeout + 1, start_new_session=True,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return False
-        return done.returncode == 0 and done.stdout.endswith(word.encode())
+    def _passes(self, program: Sequence[Block], tests: str) -> bool:
+        """Runs a program and its tests; returns True if the tests reach their end, where they write a password."""
+        if not program:
+            return False
+        password = secrets.token_hex(16)
+        task = {"blocks": [astuple(block) for block in program], "tests": tests, "password": password}
+        with ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            file.write(json.dumps(task).encode())
+            file.seek(0)
+            ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            limits = (str(self.memory * 2**20), str(self.timeout))
+            for role, end, stdin, stdout in (
+                ("program", theirs, subprocess.DEVNULL, subprocess.DEVNULL),
+                ("tests", ours, file, writer),
+            ):
+                arguments = ("-m", "distillkit.verifiers.examination", role, str(end.fileno()), *limits)
+                stack.enter_context(self.sandbox.started(arguments, end.fileno(), stdin, stdout, self.memory * 2**20))
+                end.close()  # so that each process sees when the other one ends
+            os.close(writer)
+            return _read(reader, len(password), self.timeout + 1) == password.encode()
 
 
-def code_of(text: str) -> str:
-    """The Python code of a response: its fenced blocks one after the other, or else all of it."""
-    blocks = _FENCED.findall(text)
-    return "\n\n".join(blocks) if blocks else text
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a syntax tree that run by themselves, without the bodies of functions and classes."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield node
+            yield from _executed(node)
+
+
+def _read(descriptor: int, size: int, seconds: float) -> bytes:
+    """Reads at most `size` bytes until the other end is closed or the time is over."""
+    deadline, data = time.monotonic() + seconds, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while len(data) < size and (left := deadline - time.monotonic()) > 0 and selector.select(left):
+            part = os.read(descriptor, size - len(data))
+            if not part:
+                break
+            data += part
+    return data

@@ -1,25 +1,24 @@
-"""Judging a response by its length."""
+"""Verifier for the length of a response."""
 
 from collections.abc import Sequence
 
-from distillkit.errors import ConfigError
+from distillkit.errors import check_range
 from distillkit.interfaces import Verifier
 from distillkit.types import Prompts, Response
 
 
 class TargetLength(Verifier):
-    """Minus the number of tokens by which a response is longer or shorter than wanted.
+    """Negative distance, in tokens, between a response's length and a target length.
 
     Args:
-        target: Wanted number of tokens, at least 0; 0 prefers the shortest response.
+        target: Preferred number of tokens, at least 0; 0 prefers the shortest response.
 
     Raises:
         ConfigError: If `target` is negative.
     """
 
     def __init__(self, target: int = 0) -> None:
-        if target < 0:
-            raise ConfigError(f"TargetLength.target must be at least 0, got {target}.")
+        check_range("TargetLength.target", target, 0)
         self.target = target
 
     def verify(self, prompts: Prompts, responses: Sequence[Response]) -> list[float]:

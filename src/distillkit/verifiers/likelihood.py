@@ -1,4 +1,4 @@
-"""Judging a response by how likely its writer found it."""
+"""Verifier for the likelihood of a response under the model that generated it."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from distillkit.types import Prompts, Response
 
 
 class MeanLogProb(Verifier):
-    """The mean log-probability of a response's tokens, as its own writer has it at temperature 1, in nats."""
+    """Mean log-probability of a response's tokens under the model that generated it, at temperature 1, in nats."""
 
     def verify(self, prompts: Prompts, responses: Sequence[Response]) -> list[float]:
         """A number of at most 0 for each response.
@@ -19,7 +19,7 @@ class MeanLogProb(Verifier):
         for response in responses:
             if not response.log_probs:
                 raise DataError(
-                    f"MeanLogProb needs the writer's log-probabilities, and the response to prompt "
-                    f"{response.prompt_id} has none: use a generator that gives them, or another verifier."
+                    f"MeanLogProb needs the log-probabilities of the generated tokens, and the response to prompt "
+                    f"{response.prompt_id} has none: use a generator that reports them, or another verifier."
                 )
         return [sum(response.log_probs) / len(response.log_probs) for response in responses]

@@ -1,4 +1,4 @@
-"""Exact answers to tasks of Reasoning Gym."""
+"""Verifier for tasks of Reasoning Gym, which checks answers with the task's own program."""
 
 import re
 from collections.abc import Sequence
@@ -9,23 +9,25 @@ from distillkit.data.reasoning_gym import tasks
 from distillkit.errors import ConfigError, DataError
 from distillkit.interfaces import Verifier
 from distillkit.types import Prompt, Prompts, Response
+from distillkit.verifiers.final_answer import final_answer
 
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 
 
 class ReasoningGymAnswer(Verifier):
-    """1 if a response has the answer to a task of Reasoning Gym, else 0, as the task's own check has it.
+    """1 if a response has the correct answer to a task of Reasoning Gym, else 0.
 
-    The answer is what stands between the last `<answer>` and `</answer>`, or else the whole response. The settings are
-    those of the prompts' source, `ReasoningGym`, so that the task is found by its question. Stojanovski et al. 2025,
-    arXiv 2505.24760.
+    Stojanovski et al. 2025, arXiv 2505.24760. The answer is the text between the last `<answer>` and `</answer>`, or
+    the whole response if there is none, without reasoning in `<think>…</think>`. The settings must equal those of the
+    prompts' source, `ReasoningGym`, because tasks are looked up by their question.
 
     Args:
         task: Name of the task.
-        size: Number of the prompts, at least 1.
+        size: Number of prompts, at least 1.
         seed: Seed of the prompts.
         settings: Further settings of the task.
-        partial: Whether the check's own number is given, between 0 and 1, where it has a part right; else that is 0.
+        partial: Whether to give partial credit: the task's score between 0 and 1 instead of 0 for a partly correct
+            answer.
 
     Raises:
         ConfigError: If `size` is below 1.
@@ -44,10 +46,10 @@ class ReasoningGymAnswer(Verifier):
         self.task, self.size, self.seed, self.settings, self.partial = task, size, seed, settings or {}, partial
 
     def check(self, prompts: Prompts) -> None:
-        """Refuses prompts that are not of this task.
+        """Checks that every prompt belongs to this task.
 
         Raises:
-            DataError: If one isn't.
+            DataError: If a prompt does not.
         """
         for prompt in prompts:
             self._entry(prompt)
@@ -56,14 +58,16 @@ class ReasoningGymAnswer(Verifier):
         """A number in [0, 1] for each response.
 
         Raises:
-            DataError: If a prompt is not of this task.
+            DataError: If a prompt does not belong to this task.
         """
-        found = []
+        scores = []
         for prompt, response in zip(prompts, responses, strict=True):
-            given = _ANSWER.findall(response.text)
-            score = self._dataset.score_answer((given[-1] if given else response.text).strip(), self._entry(prompt))
-            found.append(float(score) if self.partial else float(score >= 1.0))
-        return found
+            text = final_answer(response.text)
+            answers = _ANSWER.findall(text)
+            answer = (answers[-1] if answers else text).strip()
+            score = self._dataset.score_answer(answer, self._entry(prompt))
+            scores.append(float(score) if self.partial else float(score >= 1.0))
+        return scores
 
     @cached_property
     def _dataset(self) -> Any:
@@ -74,11 +78,11 @@ class ReasoningGymAnswer(Verifier):
         return {str(entry["question"]).strip(): entry for entry in self._dataset}
 
     def _entry(self, prompt: Prompt) -> Any:
-        asked = str(prompt.messages[-1]["content"])
-        entry = self._entries.get(asked.strip()) or self._entries.get(asked.rpartition("\n\n")[0].strip())
+        question = str(prompt.messages[-1]["content"])
+        entry = self._entries.get(question.strip()) or self._entries.get(question.rpartition("\n\n")[0].strip())
         if entry is None:
             raise DataError(
-                f"ReasoningGymAnswer judges the {self.size} prompts of {self.task} with seed {self.seed}, and "
-                f"{asked[:60]!r} is none of them: give it the settings of the prompts' source."
+                f"ReasoningGymAnswer checks answers to the {self.size} prompts of {self.task} with seed {self.seed}, "
+                f"and {question[:60]!r} is none of them: use the same settings as in the prompts' source."
             )
         return entry

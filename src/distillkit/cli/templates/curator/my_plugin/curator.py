@@ -1,4 +1,4 @@
-"""Who writes the responses."""
+"""A curator that alternates between the teacher's and the student's responses."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,10 +8,10 @@ from distillkit.types import Prompt, Prompts, Response, Row
 
 
 class MyPlugin(Curator):
-    """The teacher's responses in rounds 0, 2, 4, …, the student's in those between; a round is an epoch.
+    """Uses the teacher's responses in even rounds and the student's in odd rounds; a round is an epoch.
 
     Args:
-        sampling: How responses are drawn; None is temperature 0.8 and top-p 0.95.
+        sampling: Settings for generating responses; None is temperature 0.8 and top-p 0.95.
     """
 
     def __init__(self, sampling: Sampling | None = None) -> None:
@@ -20,22 +20,23 @@ class MyPlugin(Curator):
 
     @property
     def rounds(self) -> str:
-        """`epoch`."""
+        """Generates new responses once per epoch."""
         return "epoch"
 
     @property
     def writers(self) -> frozenset[str]:
-        """Teacher and student."""
+        """The models whose responses it uses: teacher and student."""
         return frozenset({"teacher", "student"})
 
     def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
-        """One row per prompt, all by the writer whose round it is."""
+        """Returns one row per prompt, all with responses of this round's writer."""
         writer = ("teacher", "student")[prompts.round % 2]
         responses = generators[writer].generate(prompts, self.sampling)
         return [self._row(prompt, response, writer) for prompt, response in zip(prompts, responses, strict=True)]
 
     def _row(self, prompt: Prompt, response: Response, writer: str) -> Row:
-        """A prompt with its response, which is what is trained on."""
+        """A training row: the prompt followed by its response, with the loss on the response only."""
         mask = (False,) * len(prompt.input_ids) + (True,) * len(response.token_ids)
         ended, blank = response.finish == "stop", not response.text.strip()
-        return Row(prompt.input_ids + response.token_ids, mask, writer, prompt.id, ended, blank)
+        tokens = prompt.input_ids + response.token_ids
+        return Row(tokens, mask, writer, prompt.id, ended, blank, response.pending)

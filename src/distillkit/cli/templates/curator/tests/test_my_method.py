@@ -9,22 +9,22 @@ from my_plugin.curator import MyPlugin
 
 
 class TestContract(CuratorContract):
-    """As many rows for each prompt as for every other, the same when asked again, and so on: one test a promise."""
+    """The contract of curators, one test per promise: equally many rows per prompt, repeatable results, and so on."""
 
     def make(self):
         return MyPlugin()
 
 
-@pytest.mark.parametrize(("number", "writer"), [(0, "teacher"), (1, "student"), (2, "teacher")])
-def test_teacher_and_student_write_in_turn(number, writer):
-    prompts = make_prompts(3).at_round(number)
+@pytest.mark.parametrize(("round_index", "writer"), [(0, "teacher"), (1, "student"), (2, "teacher")])
+def test_teacher_and_student_alternate(round_index, writer):
+    prompts = make_prompts(3).at_round(round_index)
     rows = MyPlugin().curate(prompts, {name: SeededGenerator(name) for name in ("teacher", "student")})
-    written = SeededGenerator(writer).generate(prompts, Sampling())
+    responses = SeededGenerator(writer).generate(prompts, Sampling())
     assert [row.writer for row in rows] == [writer] * 3
     assert [row.input_ids for row in rows] == [
-        prompt.input_ids + response.token_ids for prompt, response in zip(prompts, written, strict=True)
+        prompt.input_ids + response.token_ids for prompt, response in zip(prompts, responses, strict=True)
     ]
-    assert [sum(row.response_mask) for row in rows] == [len(response.token_ids) for response in written]
+    assert [sum(row.response_mask) for row in rows] == [len(response.token_ids) for response in responses]
 
 
 def test_the_configuration_names_the_installed_part():

@@ -11,30 +11,30 @@ from my_plugin.generator import MyPlugin
 
 
 class TestContract(GeneratorContract):
-    """A response to each prompt, which its neighbours do not change, and so on: one test a promise."""
+    """The contract of generators, one test per promise: a response per prompt, independent of its batch, and so on."""
 
     def make(self):
         return MyPlugin(min_p=0.2)
 
 
-def test_only_tokens_near_the_likeliest_are_drawn():
+def test_only_tokens_close_to_the_most_likely_are_sampled():
     probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
     random = torch.Generator().manual_seed(0)
-    drawn = {MyPlugin(min_p=0.3)._draw(probs.log(), 1.0, random) for _ in range(300)}
-    assert drawn == {0, 1, 2}  # 0.3 · 0.5 = 0.15 is just enough
+    sampled = {MyPlugin(min_p=0.3)._sample(probs.log(), 1.0, random) for _ in range(300)}
+    assert sampled == {0, 1, 2}  # 0.3 · 0.5 = 0.15 is just enough
 
 
-def test_temperature_0_takes_the_likeliest():
-    assert MyPlugin()._draw(torch.tensor([0.0, 2.0, 1.0]), 0.0, torch.Generator()) == 1
+def test_temperature_0_selects_the_most_likely_token():
+    assert MyPlugin()._sample(torch.tensor([0.0, 2.0, 1.0]), 0.0, torch.Generator()) == 1
 
 
-def test_top_p_is_refused_where_it_would_be_applied():
+def test_top_p_is_refused_if_it_would_take_effect():
     MyPlugin().check(Sampling(temperature=0.0, top_p=0.9))
-    with pytest.raises(ConfigError, match=r"MyPlugin draws by min_p, got top_p 0\.9 and top_k 0"):
+    with pytest.raises(ConfigError, match=r"MyPlugin samples with min_p only, got top_p 0\.9 and top_k 0"):
         MyPlugin().check(Sampling(temperature=1.0, top_p=0.9))
 
 
-def test_a_share_above_1_is_refused():
+def test_a_min_p_above_1_is_refused():
     with pytest.raises(ConfigError, match=r"MyPlugin\.min_p must lie in \[0, 1\], got 1\.5"):
         MyPlugin(1.5)
 

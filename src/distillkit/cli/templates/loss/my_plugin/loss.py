@@ -1,4 +1,4 @@
-"""A divergence of the student from the teacher at each response position."""
+"""A loss: a divergence between teacher and student at each response position."""
 
 import torch
 from distillkit import TokenLoss
@@ -10,13 +10,13 @@ from torch import Tensor
 class MyPlugin(TokenLoss):
     """Rényi divergence of order α, log Σ p^α q^(1−α) / (α − 1), with p the teacher and q the student.
 
-    0 at p = q. It tends to KL(p‖q) as α → 1; at α = ½ it is −2 log of the Bhattacharyya coefficient Σ √(p·q).
+    It is 0 at p = q. It tends to KL(p‖q) as α → 1; at α = ½ it is −2 log of the Bhattacharyya coefficient Σ √(p·q).
 
     Args:
-        alpha: α in (0, 1), exponent of the teacher's probabilities.
-        reduction: How positions are weighed.
-        temperature: τ > 0, divides both models' logits before the softmax.
-        rescale: Whether the loss is multiplied by τ².
+        alpha: Order α in (0, 1), the exponent of the teacher's probabilities.
+        reduction: Weighting of positions, `sequence_mean` or `token_mean`.
+        temperature: Divisor τ > 0 of both models' logits before the softmax.
+        rescale: Whether to multiply the loss by τ².
 
     Raises:
         ConfigError: If `alpha` is outside (0, 1).
@@ -35,5 +35,5 @@ class MyPlugin(TokenLoss):
         self.alpha = alpha
 
     def divergence(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """`[n, V]` log-probabilities of teacher and student -> `[n]` nats."""
+        """Maps `[n, V]` log-probabilities of teacher and student to `[n]` nats."""
         return torch.logsumexp(self.alpha * logp + (1.0 - self.alpha) * logq, dim=-1) / (self.alpha - 1.0)

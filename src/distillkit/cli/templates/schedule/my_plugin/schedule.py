@@ -1,4 +1,4 @@
-"""A number that moves with training."""
+"""A schedule: a value that changes during training."""
 
 from collections.abc import Mapping
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class MyPlugin(Schedule):
-    """From `start` to `end` by the same factor in every step, start · (end / start)^(share of training that is done).
+    """Exponential change from `start` to `end`: start · (end / start)^(completed fraction of training).
 
     Args:
-        start: Number before the first step, above 0.
-        end: Number after the last step, above 0.
+        start: Value before the first step, above 0.
+        end: Value after the last step, above 0.
 
     Raises:
-        ConfigError: If a number is not above 0.
+        ConfigError: If `start` or `end` is not above 0.
     """
 
     _value: Tensor
@@ -27,14 +27,14 @@ class MyPlugin(Schedule):
         if not (start > 0 and end > 0):
             raise ConfigError(f"MyPlugin.start and .end must be above 0, got {start} and {end}.")
         self.start, self.end = start, end
-        # State in a buffer is saved in checkpoints.
+        # Buffers are saved in checkpoints.
         self.register_buffer("_value", torch.tensor(start, dtype=torch.float32))
 
     @property
     def value(self) -> Tensor:
-        """The number now: 0-dim."""
+        """The current value, a 0-dim tensor."""
         return self._value
 
     def update(self, progress: Progress, metrics: Mapping[str, Summary]) -> None:
-        """Moves to `progress`; `metrics` holds what the loss reported in the step that ended, and is not read."""
+        """Sets the value for `progress`. `metrics`, the loss's metrics of the last step, are not used here."""
         self._value.fill_(self.start * (self.end / self.start) ** progress.fraction)

@@ -1,23 +1,24 @@
-"""A number for each response."""
+"""A verifier: scores each response against the reference."""
 
 from collections.abc import Sequence
 
+from distillkit.data import words
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Verifier
 from distillkit.types import Prompts, Response
 
 
 class MyPlugin(Verifier):
-    """Share of the words of the data's response that the response has too, whatever their case and order.
+    """The fraction of the reference's words that the response contains, ignoring case and order.
 
     Args:
-        shortest: Letters of the shortest word that counts, at least 1.
+        shortest: Minimum number of letters of a word that counts, at least 1.
 
     Raises:
         ConfigError: If `shortest` is below 1.
     """
 
-    needs_reference = True  # prompts without a response of their own are refused before any model is loaded
+    needs_reference = True  # datasets without reference responses are refused before any model is loaded
 
     def __init__(self, shortest: int = 4) -> None:
         if shortest < 1:
@@ -25,11 +26,13 @@ class MyPlugin(Verifier):
         self.shortest = shortest
 
     def verify(self, prompts: Prompts, responses: Sequence[Response]) -> list[float]:
-        """A number in [0, 1] for each response, larger is better; 1 where there is no word to find."""
-        wanted = [self._words(prompt.reference or "") for prompt in prompts]
-        found = [self._words(response.text) for response in responses]
-        return [len(own & their) / len(own) if own else 1.0 for own, their in zip(wanted, found, strict=True)]
+        """Returns a score in [0, 1] for each response, larger is better; 1 if the reference has no words that count."""
+        scores = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            reference_words = self._words(prompt.reference or "")
+            matches = reference_words & self._words(response.text)
+            scores.append(len(matches) / len(reference_words) if reference_words else 1.0)
+        return scores
 
     def _words(self, text: str) -> set[str]:
-        words = (word.strip(".,;:!?()\"'").casefold() for word in text.split())
-        return {word for word in words if len(word) >= self.shortest}
+        return {word for word in words(text) if len(word) >= self.shortest}

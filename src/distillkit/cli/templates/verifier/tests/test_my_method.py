@@ -11,7 +11,7 @@ from my_plugin.verifier import MyPlugin
 
 
 class TestContract(VerifierContract):
-    """One finite number a response, which depends on nothing else: one test a promise."""
+    """The contract of verifiers, one test per promise: a finite score per response, independent of the batch."""
 
     def make(self):
         return MyPlugin(shortest=1)
@@ -25,7 +25,7 @@ def test_it_counts_the_words_of_the_reference(text, expected):
     assert MyPlugin(shortest=4).verify(prompts, [Response("an id", (6,), text, "stop")]) == [expected]
 
 
-def test_a_word_without_letters_is_refused():
+def test_a_minimum_of_0_letters_is_refused():
     with pytest.raises(ConfigError, match=r"MyPlugin\.shortest must be at least 1 letter, got 0"):
         MyPlugin(0)
 

@@ -1,1 +1,0 @@
-"""Generalized knowledge distillation (GKD) for distillkit."""

@@ -1,1 +1,0 @@
-"""Imitation-based knowledge distillation (ImitKD) for distillkit."""

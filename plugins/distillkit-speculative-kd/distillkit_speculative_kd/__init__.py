@@ -1,1 +1,0 @@
-"""Speculative knowledge distillation (SKD) for distillkit."""

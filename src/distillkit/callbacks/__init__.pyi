@@ -1,0 +1,9 @@
+from .answers import Answers as Answers
+from .budget import Budget as Budget
+from .checkpoint import RunCheckpoint as RunCheckpoint
+from .export import Export as Export
+from .finite import FiniteLoss as FiniteLoss
+from .flops import ModelFlops as ModelFlops
+from .flops import matrix_rate as matrix_rate
+from .flops import model_flops as model_flops
+from .throughput import Throughput as Throughput

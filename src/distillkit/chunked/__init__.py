@@ -1,0 +1,5 @@
+"""Chunked loss evaluation: losses over response positions, a slice at a time, in bounded memory."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,241 @@
+"""Configuration files: loads YAML, follows `base:` chains and merges several files into one.
+
+This runs before jsonargparse, which checks keys and values, and imports nothing heavy.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distillkit.config import yaml_loader
+from distillkit.errors import ConfigError
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """Configuration files merged into one.
+
+    Args:
+        content: The merged content.
+        files: Name and content of each file, bases included, without `base:`; later ones override earlier ones.
+    """
+
+    content: Config = field(default_factory=dict)
+    files: tuple[tuple[str, Config], ...] = ()
+
+    def origin(self, path: str) -> str:
+        """The file that sets a key such as `model.loss.alpha`, or the nearest key above it; empty if none does.
+
+        Args:
+            path: The key as users write it, without `init_args`.
+        """
+        keys = path.split(".")
+        depths = [(_depth(content, keys), name) for name, content in self.files]
+        deepest = max((depth for depth, _ in depths), default=0)
+        return next((name for depth, name in reversed(depths) if depth == deepest > 0), "")
+
+
+def load(path: str | Path) -> Config:
+    """Loads a configuration file on top of its `base:` files.
+
+    `base:` names one file or a list, relative to the file that contains it. Later files override earlier ones, and the
+    file itself overrides its bases. `${config_dir}` in a value stands for the folder of the file that contains it.
+
+    Args:
+        path: YAML file, or `pkg:PACKAGE/FILE` for a file in an installed package.
+
+    Raises:
+        ConfigError: If a file is missing, is not a valid YAML mapping, or is its own base.
+    """
+    return _load(path).content
+
+
+def load_all(paths: Sequence[str]) -> MergedConfig:
+    """Loads several configuration files as one; later files override earlier ones.
+
+    Raises:
+        ConfigError: If a file is missing, is not a valid YAML mapping, or is its own base.
+    """
+    return merge_files([_load(path) for path in paths])
+
+
+def require_mapping(config: MergedConfig, key: str) -> None:
+    """Refuses a top-level key, such as `model`, that has neither settings nor, as a text, the path of a file with them.
+
+    Raises:
+        ConfigError: If it has another value.
+    """
+    value = config.content.get(key, {})
+    if not isinstance(value, dict | str):
+        raise ConfigError(
+            f"{config.origin(key)}: {key} must be a mapping of settings, got {value!r}. Leave it out to set none."
+        )
+
+
+def merge_bases(config: Config, path: str | Path) -> MergedConfig:
+    """Merges a configuration on top of the files that its `base:` key names.
+
+    Args:
+        config: Content of the file, or of one of its sections.
+        path: File that contains it; bases are relative to its folder.
+
+    Raises:
+        ConfigError: If a base is missing, is not a valid YAML mapping, or is its own base.
+    """
+    return _with_bases(config, path, ())
+
+
+def _load(path: str | Path, chain: tuple[Path, ...] = ()) -> MergedConfig:
+    """A file on top of its bases; `chain` holds the files whose `base:` led to it, the outermost first."""
+    return _with_bases(_read(path, chain), path, chain)
+
+
+def _read(path: str | Path, chain: tuple[Path, ...]) -> Config:
+    """The content of one file, without its bases."""
+    path = locate(path)
+    if "\0" in str(path) or not _is_encodable(str(path)):
+        raise ConfigError(f"Config file {path} can't exist: no file has such a name. Correct the path.")
+    try:
+        if path.resolve() in chain:
+            raise ConfigError(f"Config file {path} is its own base: {' -> '.join(str(file) for file in chain)}.")
+        is_stream = path.exists() and not path.is_file() and not path.is_dir()  # /dev/stdin, or a shell's <(command)
+        text = path.read_text(encoding="utf-8-sig")
+        config = yaml_loader.parse(text, _folder(path))
+    except FileNotFoundError as error:
+        origin = f", the base of {chain[-1]}," if chain else ""
+        raise ConfigError(f"Config file {path}{origin} does not exist. Check the path.") from error
+    except OSError as error:
+        raise ConfigError(f"Config file {path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"Config file {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+    except ValueError as error:
+        raise ConfigError(f"Config file {path} is not valid YAML: {error}.") from error
+    if is_stream and not text:
+        raise ConfigError(
+            f"Config file {path} is empty. A stream is read once, by one process: save it as a file to run on several "
+            "devices."
+        )
+    config = {} if config is None else config
+    if not isinstance(config, dict):
+        raise ConfigError(f"Config file {path} must be a YAML mapping, got {type(config).__name__}.")
+    nested: Config = {}
+    for key, value in config.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"Config file {path} has the key {key!r}, which is no text. Write the name of a setting.")
+        for name in reversed(key.split(".")[1:]):  # `trainer.max_epochs: 3`
+            value = {name: value}
+        nested = merge(nested, {key.partition(".")[0]: value})
+    return nested
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _with_bases(config: Config, path: str | Path, chain: tuple[Path, ...]) -> MergedConfig:
+    file = locate(path)
+    bases = config.get("base", [])
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) and base for base in bases):
+        raise ConfigError(f"{path}: base must name a config file, or list several, got {config['base']!r}.")
+    merged = [_load(_base_path(base, file), (*chain, file.resolve())) for base in bases]
+    content = {key: value for key, value in config.items() if key != "base"}
+    return merge_files([*merged, MergedConfig(content, ((str(path), content),))])
+
+
+def _base_path(base: str, file: Path) -> str:
+    return base if base.startswith(_PACKAGE) else os.path.normpath(_parent(file) / base)
+
+
+def _folder(path: Path) -> Path:
+    """The absolute folder of a file; the current one for a stream."""
+    return path.resolve().parent if path.is_file() else Path.cwd()
+
+
+def _parent(path: Path) -> Path:
+    """The folder of a file as the user named it; the current one for a stream."""
+    return path.parent if path.is_file() else Path()
+
+
+_PACKAGE = "pkg:"
+
+
+def locate(path: str | Path) -> Path:
+    """The file that a path names; `pkg:PACKAGE/FILE` is a file in an installed package, which is not imported.
+
+    Raises:
+        ConfigError: If the package is not installed.
+    """
+    text = str(path)
+    if not text.startswith(_PACKAGE):
+        return Path(path)
+    package, _, file = text.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() and not package.startswith("__") else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"Config file {text} is in the package {package!r}, which is not installed. {_PACKAGE}PACKAGE/FILE names a "
+            "file in an installed package."
+        )
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def merge(below: Config, above: Config) -> Config:
+    """Merges `above` over `below`, key by key. A part with a different `class_path` is replaced as a whole."""
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        base = merged.get(key)
+        if isinstance(base, dict) and isinstance(value, str) and value == base.get("class_path"):
+            value = base  # the same part, by its name alone
+        if isinstance(base, str) and isinstance(value, dict) and "init_args" in value and "class_path" not in value:
+            base = {"class_path": base}
+        merged[key] = merge(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def merge_files(configs: Sequence[MergedConfig]) -> MergedConfig:
+    """Merges several configurations; later ones override earlier ones."""
+    merged = MergedConfig()
+    for config in configs:
+        merged = MergedConfig(merge(merged.content, config.content), (*merged.files, *config.files))
+    return merged
+
+
+def _depth(config: object, keys: Sequence[str]) -> int:
+    """The number of `keys`, from the first, that lead into a configuration."""
+    if isinstance(config, list):
+        return max((_depth(item, keys) for item in config), default=0)
+    if not isinstance(config, dict) or not keys:
+        return 0
+    if keys[0] in config:
+        return 1 + _depth(config[keys[0]], keys[1:])
+    return _depth(config.get("init_args"), keys)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits command-line arguments into config files (`--config X`, `--config=X`, `-c X`) and the rest."""
+    files, rest = [], []
+    items = iter(arguments)
+    for argument in items:
+        if argument in ("--config", "-c"):
+            value = next(items, None)
+            if value is None:
+                raise ConfigError(f"{argument} needs the path of a config file as its value.")
+            files.append(value)
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        elif argument.startswith("-c"):
+            files.append(argument.removeprefix("-c").removeprefix("="))
+        else:
+            rest.append(argument)
+    return files, rest

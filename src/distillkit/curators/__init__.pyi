@@ -1,0 +1,17 @@
+from .base import Rounds as Rounds
+from .base import parse_rounds as parse_rounds
+from .best_of_n import BestOfN as BestOfN
+from .filtered import FilteredCurator as FilteredCurator
+from .filters import Empty as Empty
+from .filters import Repeated as Repeated
+from .filters import TooLong as TooLong
+from .filters import Truncated as Truncated
+from .mixed import MixedCurator as MixedCurator
+from .paired import PairedCurator as PairedCurator
+from .replay import ReplayCurator as ReplayCurator
+from .single import DatasetCurator as DatasetCurator
+from .single import SampledCurator as SampledCurator
+from .single import StudentCurator as StudentCurator
+from .single import TeacherCurator as TeacherCurator
+from .speculative import SpeculativeCurator as SpeculativeCurator
+from .stronger import StrongerCurator as StrongerCurator

@@ -1,0 +1,164 @@
+"""Spans of the assistant's turns in the rendered text of a chat template, and in its tokens.
+
+Spans come from positions in the text, never from token ids: they are correct when padding and end of turn are the same
+token, when the template trims the content, and when a user quotes a special token.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from jinja2 import TemplateError
+
+from distillkit.errors import DataError
+from distillkit.types import Message, Tokenizer
+
+Ids = tuple[int, ...]
+
+
+def render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool, origin: str) -> str:
+    """Renders the messages with the tokenizer's chat template.
+
+    Raises:
+        DataError: If the template refuses them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [_for_template(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        raise DataError(
+            f"{origin} is refused by the chat template of {tokenizer.name_or_path} ({reason}): change the messages or "
+            "the template."
+        ) from error
+    return text
+
+
+def _for_template(message: Message) -> dict[str, str]:
+    """A message with its reasoning under each of the names by which templates call it."""
+    reasoning = message.get("reasoning_content")
+    return dict(message) | ({"reasoning": reasoning, "thinking": reasoning} if reasoning else {})
+
+
+def assistant_spans(
+    messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Ids, origin: str
+) -> tuple[str, list[int]]:
+    """The rendered conversation up to its last end of turn, and each assistant turn's start and end in it.
+
+    A turn starts where the prompt rendered for it ends: the text after that is what a model would have to generate.
+    """
+    full = render(messages, tokenizer, False, origin)
+    ends = [decode(tokenizer, [token]) for token in eos_ids]
+    cuts: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        until, start, end = turn_span(messages, index, tokenizer, ends, origin)
+        if not full.startswith(until[:end]):
+            raise _rewritten(messages, index, tokenizer, origin)
+        cuts += [start, end]
+    return full[: cuts[-1]], cuts
+
+
+def turn_span(
+    messages: Sequence[Message], index: int, tokenizer: Tokenizer, ends: Sequence[str], origin: str
+) -> tuple[str, int, int]:
+    """The conversation rendered up to the assistant's turn `index`, and where that turn starts and ends in it."""
+    before = render(messages[:index], tokenizer, True, origin)
+    until = render(messages[: index + 1], tokenizer, False, origin)
+    turn, content, reasoning = (
+        until[len(before) :],
+        messages[index]["content"],
+        messages[index].get("reasoning_content"),
+    )
+    start = 0
+    if reasoning:
+        if reasoning.strip() not in turn:
+            raise DataError(
+                f"{origin}: the chat template of {tokenizer.name_or_path} does not write the reasoning of an answer: "
+                "choose one that does, or remove the reasoning."
+            )
+        start = turn.find(reasoning.strip()) + len(reasoning.strip())
+    end = len(before) + start + _end_of_turn(turn[start:], content, ends)
+    if not until.startswith(before) or end == len(before):
+        raise _rewritten(messages, index, tokenizer, origin)
+    return until, len(before), end
+
+
+_QUESTION, _ANSWER = "QZXJWVKQ", "WVKQZXJA"
+
+
+def template_end(tokenizer: Tokenizer) -> int | None:
+    """The token that the chat template writes after an assistant's answer, as the end of its turn.
+
+    Returns:
+        Its id; None if there is no template, it refuses a plain conversation, or what follows the answer is not an
+        added token, as in templates that name the speakers in words.
+    """
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+        return None
+    after = text.rpartition(_ANSWER)[2].lstrip()
+    added = {token: token_id for token, token_id in tokenizer.get_added_vocab().items() if after.startswith(token)}
+    return added[max(added, key=len)] if added else None
+
+
+def _rewritten(messages: Sequence[Message], index: int, tokenizer: Tokenizer, origin: str) -> DataError:
+    turn_number = sum(message["role"] == "assistant" for message in messages[: index + 1])
+    return DataError(
+        f"{origin}: the chat template of {tokenizer.name_or_path} renders assistant turn {turn_number} differently "
+        "from a model's continuation of its prompt, so it can't be trained on: choose a template that only appends "
+        "(`model.student.chat_template`), or cut the conversation to one answer or to its prompt."
+    )
+
+
+def _end_of_turn(turn: str, content: str, ends: Sequence[str]) -> int:
+    """The end of an assistant's turn in its rendered text: after the first end-of-turn token that follows the content.
+
+    If the template trimmed the content, it is searched without outer whitespace; if rewritten, it is not searched.
+    """
+    rendered = content if content in turn else content.strip()
+    after = turn.find(rendered) + len(rendered) if rendered in turn else 0
+    spans = [(start, start + len(end)) for end in ends if end and (start := turn.find(end, after)) >= 0]
+    return min(spans)[1] if spans else len(turn.rstrip())
+
+
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
+    """The tokens of each text, without added special tokens."""
+    # verbose=False: max_length decides on long texts, not the tokenizer's warning about its maximum.
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens included."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def tokenise_cut(text: str, cuts: Sequence[int], tokenizer: Tokenizer, origin: str) -> tuple[Ids, tuple[int, ...]]:
+    """Tokenises `text` so that a token starts at each of the ascending `cuts`, the last one being its end.
+
+    Returns:
+        The tokens, and the number of tokens before each cut.
+    """
+    # Not by offsets: tokenizers that trim them (GPT-NeoX) place a newline before the response inside it.
+    *pieces, uncut = tokenise(tokenizer, [*(text[start:end] for start, end in pairwise((0, *cuts))), text])
+    joined = tuple(token for piece in pieces for token in piece)
+    if joined == uncut:
+        return uncut, tuple(accumulate(map(len, pieces)))
+    # SentencePiece puts a space before each piece, so only prefixes of the text can be compared.
+    prefixes = tokenise(tokenizer, [text[:cut] for cut in cuts])
+    if all(uncut[: len(prefix)] == prefix for prefix in prefixes):
+        return uncut, tuple(map(len, prefixes))
+    # A token spans a cut, for example when a response starts with a newline. A model that continues the prompt
+    # can't generate such a token: its response starts with a new one.
+    if decode(tokenizer, joined) != decode(tokenizer, uncut):
+        raise DataError(
+            f"{origin}: the tokenizer {tokenizer.name_or_path} joins the end of the prompt and the start of the "
+            "response into one token, which no model could generate: move the space between them into the response."
+        )
+    return joined, tuple(accumulate(map(len, pieces)))

@@ -1,0 +1,121 @@
+"""Stopping by a signal: SIGTERM and Ctrl-C end a run soon, with what is worth saving saved, and never as a success.
+
+The command installs the handlers. A signal raises `StopRequested` at once wherever the process is (responses that were
+received are saved by then), with one exception: within a training step it waits for the end of the step, so that a
+checkpoint can be saved. A second signal doesn't wait.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(BaseException):
+    """A signal asks the process to end. Not an `Exception`, so that no handler of errors takes it for one.
+
+    Args:
+        signum: The signal.
+
+    Attributes:
+        finished: The `Response`s that a generator had received by then, which are saved.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.finished: tuple[Any, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """Exit status of a process that a signal ends: 143 for SIGTERM, 130 for Ctrl-C."""
+        return 128 + self.signum
+
+    def __str__(self) -> str:
+        return "stopped by Ctrl-C" if self.signum == signal.SIGINT else f"stopped by {signal.Signals(self.signum).name}"
+
+
+class _State:
+    """The state of this process, which has one set of handlers.
+
+    Args:
+        is_installed: Whether the process is within `stop_signals`.
+        is_deferred: Whether a signal waits for `check`.
+        pending: A signal that waits; None if there is none.
+        forward: Passes a signal on to the run's other processes.
+    """
+
+    is_installed: bool = False
+    is_deferred: bool = False
+    pending: int | None = None
+    forward: Callable[[int], None] | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Handles SIGTERM and Ctrl-C within the block. Outside of the main thread it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A process that was started in the background of a shell ignores Ctrl-C, and goes on ignoring it.
+    heeded = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, _handle) for signum in heeded}
+    _state.is_installed, _state.is_deferred, _state.pending, _state.forward = True, False, None, None
+    try:
+        yield
+    finally:
+        _state.is_installed = False
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def install(forward: Callable[[int], None] | None = None) -> None:
+    """Puts the handler of SIGTERM back where a library has replaced it, within `stop_signals`.
+
+    Args:
+        forward: Passes a signal on to the run's other processes.
+    """
+    if _state.is_installed:
+        signal.signal(signal.SIGTERM, _handle)
+        _state.forward = forward
+
+
+def defer() -> None:
+    """From now on a signal waits for `check`: a training step has begun."""
+    _state.is_deferred = True
+
+
+def is_pending() -> bool:
+    """Whether a signal waits for the end of the step."""
+    return _state.pending is not None
+
+
+def check() -> None:
+    """Ends the deferral.
+
+    Raises:
+        StopRequested: If a signal came in the meantime.
+    """
+    _state.is_deferred = False
+    if _state.pending is not None:
+        raise StopRequested(_state.pending)
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    if _state.is_deferred and _state.pending is None:
+        _state.pending = signum
+        _log.warning("%s: saving a checkpoint after this step; a second signal stops at once", StopRequested(signum))
+        return
+    if _state.forward is not None:
+        _state.forward(signum)
+    raise StopRequested(signum)

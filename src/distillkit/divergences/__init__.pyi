@@ -1,0 +1,17 @@
+from .cross_entropy import cross_entropy_and_grad as cross_entropy_and_grad
+from .jensen_shannon import jsd as jsd
+from .jensen_shannon import jsd_and_grad as jsd_and_grad
+from .kullback_leibler import jeffreys as jeffreys
+from .kullback_leibler import jeffreys_and_grad as jeffreys_and_grad
+from .kullback_leibler import kl as kl
+from .kullback_leibler import kl_and_grad as kl_and_grad
+from .kullback_leibler import rkl as rkl
+from .kullback_leibler import rkl_and_grad as rkl_and_grad
+from .numerics import log_mixture as log_mixture
+from .skew import skl as skl
+from .skew import skl_and_grad as skl_and_grad
+from .skew import srkl as srkl
+from .skew import srkl_and_grad as srkl_and_grad
+from .total_variation import overlap as overlap
+from .total_variation import tvd as tvd
+from .total_variation import tvd_and_grad as tvd_and_grad

@@ -1,0 +1,14 @@
+from .file import FileGenerator as FileGenerator
+from .local import LocalGenerator as LocalGenerator
+from .magpie import MagpiePrompts as MagpiePrompts
+from .sampling import sample_from as sample_from
+from .sampling import sample_tokens as sample_tokens
+from .sampling import sampling_log_probs as sampling_log_probs
+from .sampling import token_log_probs as token_log_probs
+from .server import ServerGenerator as ServerGenerator
+from .speculative.drafting import CachedDecoder as CachedDecoder
+from .speculative.generator import SpeculativeGenerator as SpeculativeGenerator
+from .texts import decoded as decoded
+from .transformers import TransformersGenerator as TransformersGenerator
+from .vllm.generator import SpeculativeDecoding as SpeculativeDecoding
+from .vllm.generator import VLLMGenerator as VLLMGenerator

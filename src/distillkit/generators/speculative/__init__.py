@@ -1,0 +1,1 @@
+"""Speculative generation: the student drafts tokens, the teacher checks them."""

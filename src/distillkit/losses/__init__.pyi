@@ -1,0 +1,16 @@
+from .cross_entropy import CrossEntropy as CrossEntropy
+from .distillm2 import DistiLLM2 as DistiLLM2
+from .dpkd import DPKD as DPKD
+from .jsd import GeneralizedJSD as GeneralizedJSD
+from .kl import ForwardKL as ForwardKL
+from .kl import JeffreysKL as JeffreysKL
+from .kl import ReverseKL as ReverseKL
+from .skew import SkewKL as SkewKL
+from .skew import SkewReverseKL as SkewReverseKL
+from .token import TokenLoss as TokenLoss
+from .token import checked_reduction as checked_reduction
+from .token import count_units as count_units
+from .token import position_weights as position_weights
+from .token import side_of as side_of
+from .tvd import TotalVariation as TotalVariation
+from .weighted_sum import WeightedSum as WeightedSum

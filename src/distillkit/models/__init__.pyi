@@ -1,0 +1,10 @@
+from .heads import logits_width as logits_width
+from .modes import evaluating as evaluating
+from .options import SourceOptions as SourceOptions
+from .scoring import score as score
+from .structure import base_model as base_model
+from .student import Lora as Lora
+from .student import Student as Student
+from .tokenizers import eos_ids as eos_ids
+from .tokenizers import load_tokenizer as load_tokenizer
+from .tokenizers import require_same as require_same

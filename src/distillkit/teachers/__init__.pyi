@@ -1,0 +1,2 @@
+from .cached import CachedTeacher as CachedTeacher
+from .transformers import TransformersTeacher as TransformersTeacher

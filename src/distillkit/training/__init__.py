@@ -1,0 +1,5 @@
+"""Training: the LightningModule, the data module, and the helpers they share."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+from .datamodule import DistillData as DistillData
+from .module import DistillModule as DistillModule

@@ -1,0 +1,167 @@
+"""Compatibility checks of a run's parts, made before any model is loaded."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.curators.base import models_of
+from distillkit.curators.single import SampledCurator, run_samplings
+from distillkit.errors import ConfigError, PluginError
+from distillkit.interfaces import Curator, Generator, Loss, Teacher
+from distillkit.losses.token import side_of
+from distillkit.models.capabilities import capabilities
+from distillkit.models.structure import is_causal_model
+from distillkit.types import Prompts, Sampling
+
+_log = logging.getLogger(__name__)
+
+
+def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator: Generator, answers: Sampling) -> None:
+    """Checks that the parts of a run fit together.
+
+    Args:
+        loss: The loss.
+        teacher: The teacher, if there is one.
+        curator: The curator.
+        generator: Generates for student and teacher.
+        answers: Sampling of the answers at validation.
+
+    Raises:
+        ConfigError: If the loss or the curator needs a teacher and there is none, if the teacher's tokenizer does not
+            fit them, or if the generator can't generate for both models or does not support a sampling.
+    """
+    for part, needs_teacher in ((loss, loss.needs_teacher), (curator, "teacher" in models_of(curator))):
+        if needs_teacher and teacher is None:
+            raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
+    sides = {"student": "the student's", "teacher": "of another writer than the student"}
+    missing = [text for side, text in sides.items() if side not in map(side_of, curator.writers)]
+    if loss.contrasts_sides and missing:
+        _log.warning(
+            "%s contrasts the student's responses with others, and no response of %s is %s: that term is always 0.",
+            type(loss).__name__,
+            type(curator).__name__,
+            missing[0],
+        )
+    if teacher is not None and not teacher.shares_tokens:
+        mismatch = f"{type(teacher).__name__} uses another tokenizer than the student"
+        if loss.needs_teacher and loss.compares_tokens:
+            raise ConfigError(
+                f"{mismatch}, and {type(loss).__name__} compares token by token: use a cross-tokenizer loss."
+            )
+        if "teacher" in models_of(curator):
+            raise ConfigError(
+                f"{mismatch}, so {type(curator).__name__} can't train on its responses: use the data's responses, or a "
+                "StrongerCurator whose generator is a LocalGenerator of that model."
+            )
+    if generator.needs_models is not None:
+        names = " and ".join(generator.needs_models)
+        models = f"{names} together" if names else "a model outside the run"
+        raise ConfigError(
+            f"model.generator generates for student and teacher, each alone, and a {type(generator).__name__} "
+            f"generates with {models}: set it as the generator of a curator."
+        )
+    for sampling in (answers, *run_samplings(curator)):
+        generator.check(sampling)
+
+
+def check_overlap(overlap: bool | str, curator: Curator, teacher: Teacher | None) -> bool | str:
+    """Returns `overlap`, once the curator and the teacher are known to support it.
+
+    Args:
+        overlap: Whether a round is generated while another is trained on, or the device for the copies that generate.
+        curator: The curator.
+        teacher: The teacher, if there is one.
+
+    Raises:
+        ConfigError: If `overlap` is not a valid device, the curator generates only once, or the teacher is unloaded
+            while it would have to generate.
+    """
+    if overlap is False:
+        return False
+    if isinstance(overlap, str):
+        try:
+            torch.device(overlap)
+        except RuntimeError:
+            raise ConfigError(
+                f"model.overlap must be true, false or a device such as cuda:1, got {overlap!r}."
+            ) from None
+    if curator.rounds == "once":
+        raise ConfigError(
+            f"model.overlap generates a round while another is trained on, and {type(curator).__name__} generates only "
+            "once: leave model.overlap out, or change the curator's rounds."
+        )
+    repeated = (part for part in curator.modules() if isinstance(part, SampledCurator) and part.rounds != "once")
+    unloads = teacher is not None and teacher.unloads_between_rounds
+    if unloads and any("teacher" in models_of(part) for part in repeated):
+        raise ConfigError(
+            f"model.overlap has the teacher generate while its scores are read, and {type(teacher).__name__} is "
+            "unloaded then: set model.teacher.unload to false."
+        )
+    return overlap
+
+
+def check_components(loss: Loss, totals: Tensor, units: Tensor) -> None:
+    """Checks that a loss counts units for each component of its total.
+
+    Args:
+        loss: The loss.
+        totals: `[]` or `[C]` totals that `forward` returned.
+        units: What `units` returned for the same step.
+
+    Raises:
+        PluginError: If the shapes differ.
+    """
+    if totals.shape != units.shape:
+        raise PluginError(
+            f"{type(loss).__name__}: `forward` returns a total of shape {list(totals.shape)} and `units` one of shape "
+            f"{list(units.shape)}: both need an entry for each component."
+        )
+
+
+def check_lengths(
+    student: nn.Module,
+    source: str,
+    teacher: Teacher | None,
+    prompts: Mapping[str, Prompts],
+    curator: Curator,
+    answers: Sampling,
+) -> None:
+    """Compares the longest rows of a run with the positions of its models, before anything is generated or trained.
+
+    Args:
+        student: The student's model.
+        source: The student's source, for messages.
+        teacher: The teacher, if it uses the student's tokenizer.
+        prompts: The prompts of each split: `train`, `val`, `test`.
+        curator: Provides the rows of the training prompts.
+        answers: Sampling of the answers to held-out prompts.
+
+    Raises:
+        ModelError: If a model has no position for a row's last token.
+    """
+    lengths = _longest_rows(prompts, curator, answers)
+    models = {f"student {source}": student, "the teacher": None if teacher is None else teacher.scoring_module}
+    for name, model in models.items():
+        if model is None or not is_causal_model(model):
+            continue
+        positions = capabilities(model, name).positions
+        warnings = {positions.check(length, name, row) for row, length in lengths.items()}
+        for warning in sorted(filter(None, warnings)):
+            _log.warning("%s", warning)
+
+
+def _longest_rows(prompts: Mapping[str, Prompts], curator: Curator, answers: Sampling) -> dict[str, int]:
+    """Lengths of the longest rows in tokens, by their names in messages."""
+    curated = [part.sampling for part in curator.modules() if isinstance(part, SampledCurator)]
+    rows: dict[str, int] = {}
+    for split, items in prompts.items():
+        longest_prompt = max((len(prompt.input_ids) for prompt in items), default=0)
+        longest_reference = max((len(prompt.reference_ids) for prompt in items), default=0)
+        rows[f"the longest row of data.{split}"] = longest_reference or longest_prompt
+        for sampling in curated if split == "train" else [answers]:
+            count = sampling.max_new_tokens
+            name = f"the longest prompt of data.{split} with {count} new tokens (max_new_tokens)"
+            rows[name] = longest_prompt + count
+    return rows

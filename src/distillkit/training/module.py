@@ -1,0 +1,399 @@
+"""The LightningModule: curate, score with the student, score with the teacher, compare."""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial, partialmethod
+from pathlib import Path
+from typing import IO, Any, Literal, Self
+
+import torch
+from lightning import Callback
+from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from distillkit.config.hyperparameters import construct, describe
+from distillkit.curators.single import DatasetCurator, TeacherCurator
+from distillkit.errors import ConfigError
+from distillkit.evaluation.heldout import HeldOut
+from distillkit.generators.transformers import TransformersGenerator
+from distillkit.interfaces import Curator, Generator, Loss, Schedule, Teacher, Verifier
+from distillkit.models.capabilities import capabilities
+from distillkit.models.loading import records_graphs
+from distillkit.models.scoring import score, share_vocab, side_by_side
+from distillkit.models.student import Student
+from distillkit.rollouts.pool import GeneratorPool
+from distillkit.rollouts.rounds import RoundRunner
+from distillkit.run_folder import RESPONSES
+from distillkit.training import resume
+from distillkit.training.checkpoint import Checkpoint
+from distillkit.training.checks import check_components, check_lengths, check_overlap, check_parts
+from distillkit.training.generation import generator_pool
+from distillkit.training.identity import run_identity
+from distillkit.training.lr_schedule import Shape, check_schedule, check_warmup, with_schedule
+from distillkit.training.optimizer_state import check_rounding, optimizer_identity, refresh_rates
+from distillkit.training.portable import PortableModule
+from distillkit.training.run_data import run_prompts, uses_chat_template
+from distillkit.training.run_state import load_run, save_run
+from distillkit.training.step_metrics import StepMeter, current_values, flatten
+from distillkit.training.tokens import check_tokens, compare_tokens, log_template_difference, run_tokenizer
+from distillkit.training.trainer_checks import check_trainer
+from distillkit.training.validation import Validation
+from distillkit.training.window import StepWindow
+from distillkit.types import Batch, Progress, Prompts, Row, Sampling, Scores, Slicing, Summary, Tokenizer
+from distillkit.types.part import Part, settings_of
+
+_log = logging.getLogger(__name__)
+
+
+class DistillModule(Part, PortableModule):
+    """Trains a student on responses that a curator provides, with a loss that compares it to a teacher.
+
+    Args:
+        student: The model that is trained.
+        loss: Compares the two models on a batch.
+        teacher: The model that the student learns from; None for losses and curators that need none.
+        curator: Provides the responses; None uses those of the data.
+        generator: Continues prompts for the curator and for validation; None is a `TransformersGenerator`.
+        optimizer: Optimizer class; it is called with the student's trainable parameters.
+        lr_schedule: Shape of the learning rate after the warm-up; or a class of schedulers, which is called with the
+            optimizer, and whose learning rate then moves at each optimizer step.
+        warmup: Fraction of the optimizer steps over which the learning rate grows from 0, in [0, 1); None is 0.05 for a
+            shape. A scheduler takes none.
+        answers: Sampling of the answers at validation, of teacher and student; None is greedy, at most 128 tokens.
+        store: Folder of the response store; None is `responses` in the run's folder.
+        slicing: Memory and compilation of the loss; None is the defaults of `Slicing`.
+        overlap: Whether the next round is generated during training, by a copy of the student that lags by one round:
+            False, True on the training device, or another device for the copy, such as `cuda:1`.
+        metrics: Verifiers that score the student's answers to held-out prompts, by the name used in the log.
+        added_tokens: Whether student and teacher must have the `same` added tokens; with `unused`, a pair with one base
+            vocabulary may differ in added tokens that never occur, which is checked in every prompt and response.
+
+    Raises:
+        ConfigError: If the loss or the curator needs a teacher and there is none, if the generator can't generate for
+            both models or does not support a sampling, or if `warmup` is out of range or not that of a shape.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        loss: Loss,
+        teacher: Teacher | None = None,
+        curator: Curator | None = None,
+        generator: Generator | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_schedule: Shape | LRSchedulerCallable = "cosine",
+        warmup: float | None = None,
+        answers: Sampling | None = None,
+        store: str | None = None,
+        slicing: Slicing | None = None,
+        overlap: bool | str = False,
+        metrics: dict[str, Verifier] | None = None,
+        added_tokens: Literal["same", "unused"] = "same",
+    ) -> None:
+        super().__init__()
+        self.curator = curator or DatasetCurator()
+        self.warmup = check_warmup(warmup, lr_schedule)
+        self.student_spec, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
+        self.generator = generator or TransformersGenerator()
+        self.optimizer, self.lr_schedule, self.store = optimizer, lr_schedule, store
+        self.student: Any = None  # a transformers model, once `configure_model` has run
+        self.held_out, self.meter = HeldOut(metrics), StepMeter()
+        self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
+        self.answers, self.history = self.validation.sampling, self.validation.history
+        check_parts(loss, teacher, self.curator, self.generator, self.answers)
+        self.overlap = check_overlap(overlap, self.curator, teacher)
+        self.added_tokens: Literal["same", "unused"] = added_tokens
+        self._unshared: dict[int, str] = {}
+        self.resumed: dict[str, Any] = {}  # what `load_run` read
+        self._step: dict[str, Summary] = {}
+        self._scheduled: dict[str, Tensor] = {}
+        self._units, self._window, self.step_random = torch.ones(1), StepWindow(), resume.StepRandom()
+        self.progress_fn: Callable[[int], float] | None = None
+        self.shard_index, self.num_shards, self._vocab = 0, 1, 0
+        self.save_hyperparameters({name: describe(value, name) for name, value in settings_of(self).items()})
+        self.remember_parts()
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: _MAP_LOCATION_TYPE = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Makes the module of a run again, with the student's weights and the state of all parts.
+
+        The parts are made from the settings that the checkpoint records. The teacher is loaded once it is needed.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            map_location: Device of the module, or how `torch.load` maps devices; None is the CPU.
+            hparams_file: Not supported: pass settings by name.
+            strict: Whether a state that is missing, or belongs to no part, is an error; None is True.
+            weights_only: As in `torch.load`; None is True: no code in the file is run.
+            kwargs: Arguments of the constructor that replace the recorded ones, such as a student that has moved.
+
+        Raises:
+            ConfigError: If there is no such file, or `hparams_file` is set.
+            ModelError: If it is damaged, or a part or the student can't be made again.
+        """
+        if hparams_file is not None:
+            raise ConfigError("hparams_file is not supported: pass the settings by name, such as student=Student(...).")
+        checkpoint = Checkpoint.read(checkpoint_path, map_location, weights_only)
+        module: Self = construct(cls, checkpoint.settings(cls.CHECKPOINT_HYPER_PARAMS_KEY, kwargs))
+        module.student = checkpoint.load_student(module.student_spec)
+        checkpoint.restore(module, strict is not False)
+        module.validation.resume(checkpoint.content["distillkit"]["history"], checkpoint.content["global_step"])
+        return module.to(checkpoint.device)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds none. It is the first hook of a run: an unsupported setting is refused, and the last run forgotten."""
+        check_trainer(self.trainer)
+        if self.begin_run(self.trainer):
+            self.progress_fn, self.resumed, self._step, self.meter = None, {}, {}, StepMeter()
+            self.validation.start_over()
+        return []
+
+    def use_progress(self, progress_fn: Callable[[int], float]) -> None:
+        """Lets a function decide how far the run is, instead of the trainer's number of steps.
+
+        Args:
+            progress_fn: Maps the optimizer steps done to the fraction of the run that is done, in [0, 1].
+        """
+        self.progress_fn = progress_fn
+
+    def use_shard(self, shard_index: int, num_shards: int) -> None:
+        """Limits generation to one shard of the responses; must be called before the generators are first used.
+
+        Args:
+            shard_index: Index of the shard, from 0.
+            num_shards: Number of shards in all.
+        """
+        self.shard_index, self.num_shards = shard_index, num_shards
+
+    @property
+    def same_vocab_teacher(self) -> Teacher | None:
+        """The teacher, if it uses the student's tokenizer."""
+        return self.teacher if self.teacher is not None and self.teacher.shares_tokens else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The student's tokenizer."""
+        if self._trainer is None:  # no run, so no store whose date a chat template prints
+            return run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store)
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store_folder)
+
+    @property
+    def store_folder(self) -> str:
+        """Folder of the response store."""
+        return self.store or f"{self.trainer.default_root_dir}/{RESPONSES}"
+
+    def prepare_data(self) -> None:
+        """Downloads and converts the student's files, once per machine."""
+        self.student_spec.prepare()
+        _ = self.tokenizer  # one process fixes the date that a chat template prints, before the others need it
+
+    def setup(self, stage: str) -> None:
+        """Checks that the tokenizers match and the learning rate has a schedule, before any model is loaded."""
+        if stage == "fit":
+            check_schedule(self.optimizer, self.lr_schedule)
+        prompts = run_prompts(self.trainer)
+        if self.same_vocab_teacher is not None:
+            teacher = self.same_vocab_teacher.tokenizer()
+            names = self.student_spec.source, self.same_vocab_teacher.display_name
+            self._unshared = compare_tokens(self.tokenizer, teacher, *names, self.added_tokens, prompts)
+            if uses_chat_template(self.trainer):
+                log_template_difference(self.tokenizer, teacher, self.store_folder)
+        elif self.teacher is not None:
+            self.teacher.prepare_alignment(self.tokenizer, prompts.get("train", Prompts(())))
+
+    def configure_model(self) -> None:
+        """Loads both models, unless they are, and cuts them to the tokens that they share."""
+        device = self.trainer.strategy.root_device
+        self._load_models(device, self.print)
+        if self.teacher is not None:
+            self.teacher.setup(device)  # the last run may have been on another one
+        models = self.student, self.student_spec.source, self.same_vocab_teacher
+        check_lengths(*models, run_prompts(self.trainer), self.curator, self.answers)
+
+    def _load_models(self, device: torch.device, log: Callable[[str], None]) -> None:
+        if self._vocab:
+            return
+        if self.student is None:
+            self.student = self.student_spec.load()
+        capabilities(self.student, f"student {self.student_spec.source}")
+        if self.teacher is not None:
+            self.teacher.setup(device)
+        self._vocab = share_vocab(self.student, self.same_vocab_teacher, len(self.tokenizer), log)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the student's trainable parameters, with the learning-rate schedule."""
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        optimizer = self.optimizer(trained)
+        check_rounding(trained, optimizer)
+        return with_schedule(optimizer, self.lr_schedule, self.warmup, self.progress_fn or self._total_steps())
+
+    @cached_property
+    def writers(self) -> GeneratorPool:
+        """The generators of this run, behind its response store."""
+        return generator_pool(self)
+
+    @cached_property
+    def rounds(self) -> RoundRunner:
+        """The rounds of this run."""
+        device = self.trainer.strategy.root_device
+        return RoundRunner(
+            self.curator, self.writers, lambda: self.trainer.global_step, self.overlap, device, self._prepare_teacher
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run is compared with."""
+        return run_identity(self, self.trainer) | {"optimizer": optimizer_identity(self.optimizer)}
+
+    def _prepare_teacher(self, rows: list[Row]) -> None:
+        check_tokens(self._unshared, rows)
+        if self.teacher is not None and self.loss.needs_teacher:
+            self.teacher.prepare(rows)
+
+    def needs_reference(self, split: str) -> str:
+        """The part that needs the responses that come with the prompts of a split (`train`, `val`, `test`), or `""`."""
+        if split == "train":
+            return "the curator" if self.curator.needs_reference else ""
+        if self.same_vocab_teacher is None:
+            return "validation without a teacher"
+        return "one of model.metrics" if self.held_out.needs_reference else ""
+
+    def check_held_out(self, prompts: Prompts) -> None:
+        """Refuses held-out prompts on which the student can't be evaluated."""
+        self.held_out.check(prompts)
+
+    def reference_rows(self, prompts: Prompts) -> list[Row]:
+        """Reference responses to held-out prompts: the teacher's, or the data's without a same-vocabulary teacher."""
+        self.rounds.wait()
+        curator = DatasetCurator() if self.same_vocab_teacher is None else TeacherCurator(self.answers)
+        rows = list(curator.curate(prompts, self.writers.generators))
+        check_tokens(self._unshared, rows)
+        if self.same_vocab_teacher is not None:
+            self.same_vocab_teacher.prepare(rows)
+        self.validation.set_references(prompts, rows, self.tokenizer)
+        return rows
+
+    def score(self, batch: Batch, with_teacher: bool = True) -> tuple[Scores, Scores | None]:
+        """Scores of the batch's response positions by the student and, if `with_teacher`, by the teacher."""
+        self._load_models(self.device, _log.info)
+        teacher = self.teacher if with_teacher else None
+        student = partial(score, self.student, batch, self._vocab, self.slicing)
+        sequential = records_graphs(self.student) or (teacher is not None and records_graphs(teacher.scoring_module))
+        return side_by_side(
+            student, None if teacher is None else partial(teacher.score, batch), self.device, sequential
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The micro-batch's part of the mean loss over the global batch."""
+        window = self._window.add(batch, batch_idx, self.trainer.accumulate_grad_batches)
+        if window is not None:  # count over the step and all ranks, so as to divide once
+            units = torch.stack([self.loss.units(part) for part in window]).sum(0).to(self.device, non_blocking=True)
+            self._units = torch.as_tensor(self.trainer.strategy.reduce(units, reduce_op="sum")).clamp_min(1.0)
+        output = self.loss(*self.score(batch, self.loss.needs_teacher), batch)
+        check_components(self.loss, output.total, self._units)
+        loss: Tensor = (output.total / self._units.to(output.total)).sum()
+        self.meter.add(output.metrics, loss=loss * self.trainer.world_size)
+        # Lightning divides by the micro-batches of a step, and its strategies by the ranks.
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Accumulates gradients outside the memory of CUDA graphs, which the next micro-batch would overwrite."""
+        if self.trainer.accumulate_grad_batches > 1 and records_graphs(self.student):
+            for parameter in self.student.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Notes the random state at the start of an optimizer step, where a checkpoint inside the step resumes."""
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.step_random.note(epoch_loop.total_batch_idx, self.device)
+            # The step of the loggers. After a resume Lightning may have counted one too many.
+            epoch_loop._batches_that_stepped = self.trainer.global_step
+
+    def on_train_start(self) -> None:
+        """Sets the schedules to the current step, and restores the random state of a resumed run."""
+        self._update_schedules(self.trainer.global_step, {})
+        if self.resumed:
+            refresh_rates(config.scheduler for config in self.trainer.lr_scheduler_configs)
+        resume.restore_random(self.resumed.get("random", []), self.global_rank, self.device)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step, then updates the schedules: before a checkpoint of this step can be written."""
+        super().optimizer_step(*args, **kwargs)
+        self._window.close()
+        self._step = self.meter.reduce()
+        self._scheduled = current_values(self.schedules, self._step)  # those that this step was taken with
+        self._update_schedules(self.trainer.global_step + 1, self._step)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules of the loss and of the curator by the names under which they are logged, after `train/`."""
+        of_curator = {f"curator/{name}": schedule for name, schedule in self.curator.schedules().items()}
+        return {**self.loss.schedules(), **of_curator}
+
+    def _progress(self, step: int) -> Progress:
+        if self.progress_fn is None:
+            return Progress(step, self._total_steps())
+        fraction = self.progress_fn(step)
+        return Progress(step, step / fraction if fraction > 0 else float("inf"))
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ConfigError("Training has no end: set trainer.max_epochs, trainer.max_steps, or a Budget.")
+        return int(total)
+
+    def _update_schedules(self, step: int, metrics: Mapping[str, Summary]) -> None:
+        for part in (self.loss, self.curator):
+            part.update(self._progress(step), metrics)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Logs the metrics of the step's loss, and those of the generators in the current round."""
+        curation = {f"curation/{name}": value for name, value in self.rounds.metrics.items()}
+        step = {**flatten(self._step, self.schedules), **self._scheduled}
+        self.log_dict({**{f"train/{name}": value for name, value in step.items()}, **curation})
+        self._step, self._scheduled = {}, {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the held-out metrics."""
+        self.held_out.update(*self.score(batch, self.same_vocab_teacher is not None), batch)
+
+    def on_validation_epoch_end(self, prefix: str = "val/") -> None:
+        """Logs the held-out metrics."""
+        self.rounds.wait()  # the student's rounds and its answers share one engine
+        metrics = self.validation.finish(self, self.writers.refreshed_student(), prefix)
+        if self.trainer.state.fn == "fit":
+            self._update_schedules(self.trainer.global_step, metrics)
+
+    test_step = validation_step
+    on_test_epoch_end = partialmethod(on_validation_epoch_end, "test/")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the state that a resumed run needs; leaves out frozen weights."""
+        save_run(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the state of the saved run; what differs is said, or refused."""
+        load_run(self, checkpoint)
+
+    def teardown(self, stage: str) -> None:
+        """Stops the generation of the next round."""
+        if "rounds" in self.__dict__:
+            self.rounds.close()
+        if stage == "fit":
+            self.validation.trained_steps = self.trainer.global_step

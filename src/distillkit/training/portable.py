@@ -1,0 +1,102 @@
+"""A LightningModule that outlives its run: it can be cast, copied, pickled, sent between processes and fitted again."""
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from distillkit.errors import ConfigError
+from distillkit.interfaces import Teacher
+from distillkit.models.student import Student
+
+_OF_A_RUN = ("writers", "rounds", "identity")
+"""Cached properties that belong to one trainer: they hold its folder, its ranks and its threads."""
+
+
+class PortableModule(LightningModule):
+    """Base of a module whose student is loaded when a run starts, and whose parts may have state.
+
+    Subclasses set the attributes below, call `remember_parts` at the end of their constructor, and `begin_run` when
+    Lightning attaches a trainer.
+    """
+
+    student: Any
+    """The model that is trained; None until it is loaded."""
+    student_spec: Student
+    """Loads the student."""
+    teacher: Teacher | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run: weakref.ref[Trainer] | None = None
+        self._initial: dict[str, dict[str, Any]] = {}
+
+    def remember_parts(self) -> None:
+        """Notes the state of all parts, which `begin_run` restores for another run."""
+        parts = {name: part.state_dict() for name, part in self.named_children() if name != "student"}
+        self._initial = copy.deepcopy(parts)
+
+    def begin_run(self, trainer: Trainer) -> bool:
+        """Makes a run independent of the runs before, under other trainers, except for the student's weights.
+
+        Args:
+            trainer: The trainer of the run.
+
+        Returns:
+            True if this trainer has not run the module before and is about to train it.
+        """
+        if self._run is not None and self._run() is trainer:
+            return False
+        self._run = weakref.ref(trainer)
+        for name in _OF_A_RUN:
+            self.__dict__.pop(name, None)
+        # In inference mode torch makes tensors that training can't change, such as a model's cached frequencies.
+        trainer.validate_loop.inference_mode = trainer.test_loop.inference_mode = False
+        if trainer.state.fn != "fit":
+            return False
+        for name, part in self.named_children():
+            if name in self._initial:
+                part.load_state_dict(copy.deepcopy(self._initial[name]))
+        return True
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state, and the student before it if it was trained in another process (`ddp_spawn`)."""
+        if self.student is None and any(name.startswith("student.") for name in state_dict):
+            self.student = self.student_spec.load()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A run in half precision casts the whole module. Buffers keep their type: those of schedules are sums over the
+        # run, and a model's rotary frequencies in half precision are those of other positions.
+        buffers = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, original in buffers:
+            moved = module._buffers[name]
+            if moved is not None and moved.dtype != original.dtype:
+                module._buffers[name] = original.to(moved.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in _OF_A_RUN} | {"_run": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if self._trainer is not None and self.student is None:
+            raise ConfigError(
+                f"A callback copies {type(self).__name__} before its student exists, and would work on a copy without "
+                "weights. Copy it in on_fit_start or later."
+            )
+        if self.teacher is not None:  # frozen, and often larger than all the rest
+            memo[id(self.teacher)] = self.teacher
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return duplicate

@@ -1,0 +1,56 @@
+"""The log on the terminal, which only the command shows: a program that imports the package handles logs itself."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.logging import RichHandler
+
+
+def show_logs() -> None:
+    """Shows this package's log on the terminal, in full on the first rank; hides Lightning's advertisements."""
+    is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
+    log = logging.getLogger("distillkit")
+    log.handlers, log.propagate = [RichHandler(show_path=False, show_level=False, log_time_format="[%X]")], False
+    log.setLevel(logging.INFO if is_first_rank else logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+class _RunLog(logging.FileHandler):
+    """A log file that is no longer written once that fails, as on a full disk: the terminal has the log too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line; the first one makes the file and its folder."""
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name that logging calls
+        """Writes no more."""
+        self.setLevel(logging.CRITICAL + 1)
+
+
+@contextmanager
+def run_log(path: Path) -> Iterator[None]:
+    """Appends this package's log to a file as well, which is made with its first line.
+
+    Args:
+        path: The file.
+    """
+    log = logging.getLogger("distillkit")
+    handler = _RunLog(path, delay=True, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

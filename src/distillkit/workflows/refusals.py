@@ -1,0 +1,95 @@
+"""Errors of Lightning and of other ranks as one line, and settings of the trainer that contradict its callbacks."""
+
+import logging
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning
+import torch.distributed as dist
+from lightning import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+
+from distillkit.devices.distributed import rank, world_size
+from distillkit.errors import ConfigError, TrainingError
+
+_log = logging.getLogger(__name__)
+
+_SWITCHES: tuple[tuple[str, type[Callback]], ...] = (
+    ("enable_checkpointing", Checkpoint),
+    ("enable_progress_bar", ProgressBar),
+    ("enable_model_summary", ModelSummary),
+)
+
+
+def enabled_callbacks(callbacks: Sequence[Callback], switches: dict[str, bool | None]) -> list[Callback]:
+    """Returns the callbacks without those that a setting of the trainer switches off.
+
+    A configuration takes its callbacks from its base; Lightning refuses one of a kind that is switched off.
+
+    Args:
+        callbacks: The callbacks of the configuration.
+        switches: The trainer's settings by name, of which those that begin with `enable_` are read.
+    """
+    disabled = [(name, kind) for name, kind in _SWITCHES if switches.get(name) is False]
+    enabled = []
+    for callback in callbacks:
+        names = [name for name, kind in disabled if isinstance(callback, kind)]
+        if names:
+            _log.info("trainer.%s is false: %s is left out.", names[0], type(callback).__name__)
+        else:
+            enabled.append(callback)
+    return enabled
+
+
+@contextmanager
+def explained_trainer() -> Iterator[None]:
+    """Turns what Lightning raises for a trainer that can't be made into one line.
+
+    Raises:
+        ConfigError: If a strategy, an accelerator, a device or a plugin is unknown, missing or does not fit the others.
+    """
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"trainer: Lightning can't make it with these settings: {_one_line(error)}") from error
+
+
+@contextmanager
+def explained_run() -> Iterator[None]:
+    """Turns what Lightning and torch raise for a run that can't work, or whose other rank failed, into one line.
+
+    Raises:
+        ConfigError: If a setting of the trainer or of a callback contradicts another one.
+        TrainingError: If another rank has failed.
+    """
+    try:
+        yield
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _is_of_other_rank(error):
+            raise TrainingError(
+                f"Rank {rank()} stopped because another rank did, whose own error is the one to look at."
+            ) from error
+        if _is_raised_by_lightning(error):
+            raise ConfigError(f"Lightning refuses the settings of trainer: {_one_line(error)}") from error
+        raise
+
+
+def _is_raised_by_lightning(error: Exception) -> bool:
+    """True if Lightning itself raises the error, and not what it calls."""
+    *_, raising = traceback.extract_tb(error.__traceback__)
+    return Path(raising.filename).is_relative_to(Path(lightning.__file__).parent)
+
+
+def _is_of_other_rank(error: RuntimeError) -> bool:
+    """True if a collective failed since another process has ended."""
+    if world_size() == 1:
+        return False
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+    return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in signs)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

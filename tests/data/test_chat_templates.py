@@ -1,0 +1,244 @@
+"""Chat templates of one's choice, their arguments, the date that they print, and what they write at a turn's end."""
+
+import itertools
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from distillkit.data.chat import encode, encode_all
+from distillkit.data.chat_templates import (
+    check_template,
+    prints_date,
+    read_template,
+    ready_templates,
+    with_arguments,
+    with_date,
+)
+from distillkit.data.records import Record
+from distillkit.data.template_spans import template_end
+from distillkit.errors import ConfigError, DataError
+from distillkit.models.tokenizers import eos_ids, fingerprint, set_template
+from helpers.models import CHAT_TEMPLATE, END_ID, tiny_tokenizer
+
+MARKS = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "qwen3-no-think": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma": ["<start_of_turn>", "<end_of_turn>"],
+    "deepseek": ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
+    "harmony": ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"],
+    "plain": [],
+}
+ENDS = {
+    "llama3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "deepseek": "<｜end▁of▁sentence｜>",
+    "harmony": "<|return|>",
+}
+"""Of each template the token that ends an answer; of the rest it is the tiny tokenizer's end token."""
+
+# The shapes of well-known templates.
+PHI_3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+LLAMA_3_2 = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}'
+    "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n" + CHAT_TEMPLATE
+)
+QWEN_3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def tokenizer(*marks, template=None, eos=None, special=True):
+    """The tiny tokenizer with further tokens."""
+    tok = tiny_tokenizer()
+    tok.add_tokens([*marks, *([eos] if eos else [])], special_tokens=special)
+    if eos:
+        tok.eos_token = eos
+    tok.chat_template = template
+    return tok
+
+
+def conversation(*contents, system=None):
+    turns = [{"role": role, "content": text} for role, text in zip(itertools.cycle(["user", "assistant"]), contents)]
+    return Record((*([{"role": "system", "content": system}] if system else []), *turns), "a.jsonl line 7")
+
+
+def trained_texts(prompt, tok):
+    """The texts of the marked stretches of the reference."""
+    pairs = itertools.groupby(zip(prompt.reference_mask, prompt.reference_ids, strict=True), key=lambda pair: pair[0])
+    return [tok.decode([token for _, token in stretch]) for mark, stretch in pairs if mark]
+
+
+# ── ready templates ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_ready_template_is_tried_here():
+    assert ready_templates() == sorted(MARKS)
+
+
+@pytest.mark.parametrize("name", sorted(MARKS))
+def test_a_ready_template_only_appends_and_ends_each_answer_with_an_end_token(name):
+    tok = tokenizer(*MARKS[name])
+    set_template(tok, name, {}, None)
+    end_ids = eos_ids(tok, None)
+    prompt = encode(conversation("Hi\n", " one", "and", "two\n", system="Be kind."), tok, end_ids, chat=True)
+    end = ENDS.get(name, "<|im_end|>")
+    assert trained_texts(prompt, tok) == [f" one{end}", f"two\n{end}"]
+    assert tok.convert_tokens_to_ids(end) in end_ids
+    assert "Be kind." in tok.decode(prompt.input_ids)
+    assert "{#" not in tok.decode(prompt.input_ids)
+
+
+def test_a_ready_template_begins_with_the_token_that_the_tokenizer_puts_first():
+    tok = tokenizer("<s>")
+    tok.bos_token = "<s>"
+    assert not read_template("plain", tok).startswith("{{ bos_token }}")
+    tok.add_bos_token = True
+    set_template(tok, "plain", {}, None)
+    prompt = encode(conversation("Hi"), tok, (END_ID,), chat=True)
+    assert tok.decode(prompt.input_ids) == "<s>### User:\nHi\n\n### Assistant:\n"
+
+
+def test_a_ready_template_whose_tokens_the_tokenizer_lacks_is_refused():
+    with pytest.raises(ConfigError, match=r"chat_template: llama3 writes <\|end_header_id\|>, .* has no token for"):
+        read_template("llama3", tiny_tokenizer())
+
+
+# ── settings ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_template_may_be_a_file_or_the_teachers(tmp_path: Path):
+    file = tmp_path / "own.jinja"
+    file.write_text(PHI_3)
+    tok, teacher = tiny_tokenizer(), tokenizer(template=QWEN_3)
+    check_template("Student", str(file), None)
+    set_template(tok, str(file), {}, None)
+    assert tok.chat_template == PHI_3
+    before = fingerprint(tok)
+    set_template(tok, "teacher", {}, teacher)
+    assert tok.chat_template == QWEN_3
+    assert fingerprint(tok) != before
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "message"),
+    [
+        ("none.jinja", None, r"Student\.chat_template must be a Jinja file, teacher or one of chatml, .* is no file"),
+        (None, {"messages": []}, r"Student\.template_kwargs can't set 'messages'"),
+        (None, {"a b": 1}, r"Student\.template_kwargs can't set 'a b'"),
+        (None, {"a": object()}, r"Student\.template_kwargs\.a must be a text, a number, .* got a object"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(template, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        check_template("Student", template, arguments)
+
+
+def test_arguments_are_defaults_of_the_templates_variables():
+    tok, messages = tokenizer(template=QWEN_3), [{"role": "user", "content": "Hi"}]
+    plain = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before = fingerprint(tok)
+    set_template(tok, None, {"enable_thinking": False}, None)
+    text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == plain + "<think>\n\n</think>\n\n"
+    later = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert later == plain, "whoever has the export can still say otherwise"
+    assert fingerprint(tok) != before
+    prompt = encode(conversation("Hi", "yes"), tok, (END_ID,), chat=True)
+    assert trained_texts(prompt, tok) == ["yes<|im_end|>"]
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, 'a "b"\n', [1, "x"], {"k": [None]}])
+def test_an_argument_has_the_value_that_was_set(value):
+    tok = tokenizer(template="{{ thing | tojson }}" if value is not None else "{{ thing is none }}")
+    set_template(tok, None, {"thing": value}, None)
+    expected = tokenizer(template="{{ thing | tojson }}" if value is not None else "{{ thing is none }}")
+    messages = [{"role": "user", "content": ""}]
+    assert tok.apply_chat_template(messages, tokenize=False) == expected.apply_chat_template(
+        messages, tokenize=False, thing=value
+    )
+
+
+def test_an_argument_that_the_template_does_not_have_is_refused_with_those_that_it_has():
+    with pytest.raises(ConfigError, match=r"has no variable enable_thinkin\. It has: enable_thinking\."):
+        with_arguments(QWEN_3, {"enable_thinkin": False})
+    assert with_arguments(LLAMA_3_2, {"date_string": "x"}) != LLAMA_3_2
+    assert with_arguments("\n" + QWEN_3, {}) == "\n" + QWEN_3
+
+
+# ── dates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y", "%A, %-d.%-m.%y", "100 %%"])
+@pytest.mark.parametrize("day", [date(2026, 11, 28), date(2031, 3, 7)])
+def test_a_fixed_date_is_printed_in_every_form(form, day):
+    tok = tokenizer(template=with_date("\n{{ strftime_now('" + form + "') }}", day))
+    assert tok.apply_chat_template([{"role": "user", "content": ""}], tokenize=False) == "\n" + day.strftime(form)
+
+
+def test_only_templates_that_print_a_date_are_fixed():
+    assert [prints_date(template) for template in (LLAMA_3_2, QWEN_3, None)] == [True, False, False]
+    tok = tokenizer(template=with_date(LLAMA_3_2, date(2024, 2, 29)))
+    text = tok.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == "Today Date: 29 Feb 2024\n<|im_start|>user\nHi<|im_end|>\n"
+
+
+# ── the end of a turn ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_what_a_template_writes_after_an_answer_is_an_end_of_turn(special):
+    tok = tokenizer("<|end|>", "<|end|>x", eos="<|endoftext|>", template=PHI_3, special=special)
+    assert template_end(tok) == tok.convert_tokens_to_ids("<|end|>")
+    assert eos_ids(tok, None) == (tok.convert_tokens_to_ids("<|endoftext|>"), tok.convert_tokens_to_ids("<|end|>"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}{{ m.content }} stop <|im_end|>{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_no_such_token_adds_none(template):
+    tok = tokenizer(eos="<|endoftext|>", template=template)
+    assert template_end(tok) is None
+    assert eos_ids(tok, None) == (tok.eos_token_id,)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0].content + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% for x in 3 %}{% endfor %}", "TypeError: 'int' object is not iterable"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError: maximum recursion depth"),
+        ("{{ range(10 ** 9) | list }}", "OverflowError: Range too big"),
+        ("{{ broken", "expected token 'end of print statement'|unexpected end of template"),
+    ],
+)
+def test_what_a_template_raises_is_one_line_that_names_the_record(template: str, reason: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    record = Record(({"role": "user", "content": "x"},), "a.jsonl line 7")
+    with pytest.raises(DataError, match=rf"a\.jsonl line 7 is refused by the chat template of .*({reason})"):
+        encode(record, tokenizer, (END_ID,), chat=True)
+    assert template_end(tokenizer) is None
+
+
+def test_conversations_of_a_template_with_an_end_besides_the_tokenizers_are_encoded_without_an_alarm():
+    tok = tokenizer("<|end|>", eos="<|endoftext|>", template=PHI_3)
+    rows = [conversation("a", "one", "b", "two"), conversation("c", "three")]
+    prompts, report = encode_all(rows, tok, eos_ids(tok, None), True, None, 512, "error")
+    assert [trained_texts(prompt, tok) for prompt in prompts] == [["one<|end|>", "two<|end|>"], ["three<|end|>"]]
+    assert str(report) == "2 prompts"
