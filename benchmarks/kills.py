@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from kill_parts import verbs
-from kill_parts.verbs import Case
+from kill_parts.runs import Case, prepare
 from results import add_output_options, table, write_json
 
 PRELOADED = (
@@ -35,14 +35,15 @@ PRELOADED = (
     "distillkit.workflows.curation",
     "distillkit.workflows.evaluation",
     "distillkit.workflows.student_export",
+    "distillkit.comparison.report",
     "peft",
     "pandas",
     "torch.utils.tensorboard",
     "transformers.trainer_utils",
     "transformers.models.llama.modeling_llama",
 )
-KILLS = {"fit": 60, "curate": 50, "evaluate": 35, "merge": 45, "export": 30}
-TERMS = {"fit": 25, "curate": 18, "evaluate": 13, "merge": 4, "export": 4}
+KILLS = {"fit": 60, "curate": 50, "evaluate": 35, "merge": 45, "export": 30, "compare": 20}
+TERMS = {"fit": 25, "curate": 18, "evaluate": 13, "merge": 4, "export": 4, "compare": 10}
 ROUND = 8
 """Kills between two undisturbed ends."""
 
@@ -70,8 +71,8 @@ def main() -> None:
     """Runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verbs", nargs="+", choices=KILLS, default=list(KILLS), help="which verbs")
-    parser.add_argument("--kills", type=int, help="SIGKILLs of each verb, instead of its share of 220")
-    parser.add_argument("--terms", type=int, help="SIGTERMs of each verb, instead of its share of 64")
+    parser.add_argument("--kills", type=int, help="SIGKILLs of each verb, instead of its share of 240")
+    parser.add_argument("--terms", type=int, help="SIGTERMs of each verb, instead of its share of 74")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--folder", help="where the runs are; a temporary folder is removed")
     add_output_options(parser, "kills.json")
@@ -86,7 +87,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as temporary,
     ):
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
-        verbs.prepare(Path(folder))
+        prepare(Path(folder))
         for name in options.verbs:
             numbers = {signal.SIGKILL: options.kills, signal.SIGTERM: options.terms}
             numbers = {signal.SIGKILL: KILLS[name], signal.SIGTERM: TERMS[name]} | {
