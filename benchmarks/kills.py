@@ -46,6 +46,8 @@ KILLS = {"fit": 60, "curate": 50, "evaluate": 35, "merge": 45, "export": 30, "co
 TERMS = {"fit": 25, "curate": 18, "evaluate": 13, "merge": 4, "export": 4, "compare": 10}
 ROUND = 8
 """Kills between two undisturbed ends."""
+LATE = 1.0
+"""Seconds from a signal within which a process may end as if there had been none: its work was done."""
 
 
 @dataclass
@@ -191,9 +193,10 @@ def ended(case: Case, attack: tuple[signal.Signals, float] | None) -> tuple[int,
             os.kill(child, attack[0])
         sent = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if sent is not None and attack is not None and status not in (-attack[0], 128 + attack[0]) and status == 0:
+    delay = None if sent is None else time.monotonic() - sent
+    if status == 0 and delay is not None and delay < LATE:
         return status, None  # it had ended when the signal came
-    return status, None if sent is None else time.monotonic() - sent
+    return status, delay
 
 
 def forked(run: Callable[[list[str]], int], arguments: list[str], log: Path) -> None:
