@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from distillkit.data.records import Invalid
-from distillkit.data.template_spans import Ids, assistant_spans, decode, render, tokenise, tokenise_cut, turn_span
+from distillkit.data.template_spans import (
+    Ids,
+    assistant_spans,
+    decode,
+    render,
+    require_written,
+    tokenise,
+    tokenise_cut,
+    turn_span,
+)
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Message, Prompt, Record, Tokenizer
 
@@ -239,7 +248,9 @@ def _encode_chat(
     messages: Sequence[Message], untrained: frozenset[int], tokenizer: Tokenizer, eos_ids: Ids, origin: str
 ) -> Encoded:
     if messages[-1]["role"] == "user":
-        return tokenise(tokenizer, [render(messages, tokenizer, True, origin)])[0], (), ()
+        prompt = render(messages, tokenizer, True, origin)
+        require_written(messages, prompt, tokenizer, True, origin)
+        return tokenise(tokenizer, [prompt])[0], (), ()
     text, cuts = assistant_spans(messages, tokenizer, eos_ids, origin)
     reference_ids, bounds = tokenise_cut(text, cuts, tokenizer, origin)
     turns = (index for index, message in enumerate(messages) if message["role"] == "assistant")

@@ -77,6 +77,11 @@ def set_template(
     if arguments:
         if not isinstance(text, str):
             raise ConfigError(f"template_kwargs: the tokenizer {tokenizer.name_or_path} has no chat template.")
+        if fixed := sorted(set(arguments) & set(tokenizer.special_tokens_map)):
+            raise ConfigError(
+                f"template_kwargs: {fixed[0]} would have no effect, since the tokenizer {tokenizer.name_or_path} sets "
+                "it in its template: change the tokenizer or the template."
+            )
         text = with_arguments(text, arguments)
     if template is not None or arguments:
         tokenizer.chat_template = None if text is None else str(text)
