@@ -36,6 +36,7 @@ class EncodeReport:
         overlong: Records left out because they are longer than `max_length`, each with its origin and length.
         unended: Encoded responses without an end-of-turn token: the student can't learn to stop from them.
         problems: Errors of the records left out because they can't be encoded.
+        inner_ends: Encoded last responses with an end-of-turn token before their end, as a text that quotes one has.
     """
 
     num_prompts: int
@@ -43,6 +44,7 @@ class EncodeReport:
     overlong: tuple[str, ...]
     unended: int
     problems: tuple[str, ...] = ()
+    inner_ends: int = 0
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -55,6 +57,7 @@ class EncodeReport:
             "left out as longer than data.max_length": len(self.overlong),
             "left out since they can't be encoded": len(self.problems),
             "responses without an end-of-turn token (the student can't learn to stop from them)": self.unended,
+            "responses whose text has an end-of-turn token (the student learns to go on after it)": self.inner_ends,
         }
         return "; ".join(
             [f"{self.num_prompts} prompts", *(f"{count} {note}" for note, count in notes.items() if count)]
@@ -128,8 +131,11 @@ def encode_all(
             prompts[prompt.id] = prompt
     references = [prompt.reference_ids for prompt in prompts.values() if prompt.reference_ids]
     unended = sum(ids[-1] not in eos_ids for ids in references)
+    ends = frozenset(eos_ids)
+    response_ids = [prompt.reference_ids[len(prompt.input_ids) :] for prompt in prompts.values()]
+    inner_ends = sum(not ends.isdisjoint(ids[:-1]) for ids in response_ids)
     left_out = tuple(duplicates), tuple(too_long), unended, tuple(problems)
-    return list(prompts.values()), EncodeReport(len(prompts), *left_out)
+    return list(prompts.values()), EncodeReport(len(prompts), *left_out, inner_ends)
 
 
 def _response_id(prompt: Prompt) -> str:
