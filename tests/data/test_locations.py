@@ -122,6 +122,23 @@ def test_a_folder_with_files_that_would_not_be_read_is_refused():
     assert [prompt for prompt, _ in read("formats")] == ["a", "b"]
 
 
+def test_a_folder_is_read_through_links_and_no_link_in_it_is_left_out():
+    jsonl("real/a.jsonl", "a")
+    Path("link").symlink_to("real")
+    for path in ("./link", "real/../link", str(Path("link").absolute())):
+        assert read(path) == [("a", f"{path}/a.jsonl line 1")]
+    jsonl("data/b.jsonl", "b")
+    Path("data/sub").symlink_to("../real")
+    with pytest.raises(DataError, match=r"data has files that belong to no split: sub/a\.jsonl"):
+        read("data")
+    Path("data/sub").unlink()
+    Path("data/a.jsonl").symlink_to("../real/a.jsonl")
+    assert [prompt for prompt, _ in read("data")] == ["a", "b"]
+    Path("real/a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data/a\.jsonl is a link to a file that is not there"):
+        read("data")
+
+
 def test_a_folder_without_all_its_shards_is_refused():
     jsonl("folder/train-00000-of-00003.jsonl", "a")
     jsonl("folder/train-00002-of-00003.jsonl", "c")

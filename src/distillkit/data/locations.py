@@ -6,7 +6,7 @@ Every error names the path as the user wrote it.
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -142,9 +142,14 @@ def _matches(path: str, kind: Kind) -> list[Path]:
     if kind != "pattern":
         return []
     names = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
+    _refuse_broken_links(names)
+    return [Path(name) for name in names if Path(name).is_file()]
+
+
+def _refuse_broken_links(names: Iterable[str]) -> None:
+    """Refuses files that are links to nothing, which would be left out."""
     if broken := next((name for name in names if not Path(name).exists()), None):
         raise DataError(f"Source.path: {broken} is a link to a file that is not there; restore the file or the link.")
-    return [Path(name) for name in names if Path(name).is_file()]
 
 
 def _is_saved(path: str) -> bool:
@@ -178,7 +183,7 @@ def _folder_rows(path: str, choice: Choice) -> Iterator[tuple[str, object]]:
     """
     import datasets  # takes seconds to import, and files don't need it
 
-    folder = Path(path).expanduser().absolute()
+    folder = Path(path).expanduser().resolve()
     try:
         config = datasets.load_dataset_builder(str(folder), choice.hub_config).config
         instruction = datasets.ReadInstruction.from_spec(choice.split)
@@ -217,13 +222,14 @@ def _refuse_unused(path: str, folder: Path, files: Mapping[str, list[Path]]) -> 
     card = folder / "README.md"
     if card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
         return
-    used = {file for group in files.values() for file in group}
-    names = sorted(
-        str(file.relative_to(folder))
-        for file in folder.rglob("*")
-        if file not in used and _DATA_FILE.search(file.name) and file.name not in FILES_TO_IGNORE and file.is_file()
-    )
-    unused = [name for name in names if not any(part.startswith((".", "__")) for part in Path(name).parts)]
+    used = {file.resolve() for group in files.values() for file in group}
+    names = [  # without hidden ones, and with those of linked folders
+        name
+        for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True))
+        if _DATA_FILE.search(name) and Path(name).name not in FILES_TO_IGNORE and not name.startswith("__")
+    ]
+    _refuse_broken_links(str(folder / name) for name in names)
+    unused = [name for name in names if (folder / name).is_file() and (folder / name).resolve() not in used]
     if unused:
         raise DataError(
             f"Source.path: the folder {path} has files that belong to no split: {', '.join(unused)[:500]}; its splits "
