@@ -158,6 +158,14 @@ def test_arguments_are_defaults_of_the_templates_variables():
     assert trained_texts(prompt, tok) == ["yes<|im_end|>"]
 
 
+def test_arguments_are_those_of_the_default_of_several_templates_and_the_others_stay():
+    tok = tokenizer(template={"default": QWEN_3, "tool_use": PHI_3})
+    set_template(tok, None, {"enable_thinking": False}, None)
+    prompt = encode(conversation("Hi", "yes"), tok, (END_ID,), chat=True)
+    assert tok.decode(prompt.input_ids).endswith("<think>\n\n</think>\n\n")
+    assert tok.chat_template["tool_use"] == PHI_3
+
+
 @pytest.mark.parametrize("value", [None, True, 1.5, 'a "b"\n', [1, "x"], {"k": [None]}])
 def test_an_argument_has_the_value_that_was_set(value):
     tok = tokenizer(template="{{ thing | tojson }}" if value is not None else "{{ thing is none }}")

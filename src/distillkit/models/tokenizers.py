@@ -67,6 +67,7 @@ def set_template(
         ConfigError: If the template does not suit the tokenizer, or has no such variable.
     """
     text: object = tokenizer.chat_template
+    named = text if isinstance(text, Mapping) and template is None else {}
     if template == TEACHER:
         assert teacher is not None, "checked by the caller"
         text = teacher.chat_template
@@ -85,6 +86,8 @@ def set_template(
         text = with_arguments(text, arguments)
     if template is not None or arguments:
         tokenizer.chat_template = None if text is None else str(text)
+    if named and arguments:  # those for tools and documents stay as they are, in the export too
+        setattr(tokenizer, "chat_template", {**named, "default": text})  # noqa: B010  wider than a text
 
 
 def require_same(
