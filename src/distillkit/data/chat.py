@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from distillkit.data.records import Invalid
 from distillkit.data.template_spans import (
+    ClosedThoughtError,
     Ids,
     assistant_spans,
     decode,
@@ -222,7 +224,13 @@ def encode_response(
     if is_chat:
         ends = [decode(tokenizer, [token]) for token in eos_ids]
         answer = {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
-        until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
+        try:
+            until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
+        except ClosedThoughtError:
+            if ended or reasoning:
+                raise
+            cut = re.sub(r"\s*[<\[][^>\]]*[>\]]", "", text, count=1)  # cut within its thought
+            return encode_response(prompt, "", False, tokenizer, eos_ids, cut)
         before, turn = until[:start], until[start:end]
         if not ended and reasoning and not text:
             turn = turn[: turn.find(reasoning.strip()) + len(reasoning.strip())]

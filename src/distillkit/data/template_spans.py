@@ -4,6 +4,7 @@ Spans come from positions in the text, never from token ids: they are correct wh
 token, when the template trims the content, and when a user quotes a special token.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -16,6 +17,14 @@ Ids = tuple[int, ...]
 
 _QUESTION, _ANSWER = "QZXJWVKQ", "WVKQZXJA"
 """Contents of messages that no template has in its text."""
+
+
+_OPENING = re.compile(r"\s*([<\[])([\w:]+[>\]])")
+"""The tag that opens a thought, such as `<think>` or `[THINK]`."""
+
+
+class ClosedThoughtError(DataError):
+    """A chat template writes a closed thought before an answer that begins with one."""
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool, origin: str) -> str:
@@ -119,6 +128,13 @@ def turn_span(
             f"{origin}: the chat template of {tokenizer.name_or_path} does not write the whole of assistant turn "
             f"{_turn_number(messages, index)}, as one that leaves out what stands before `</think>`: choose one that "
             "does (`model.student.chat_template`), or change the answer."
+        )
+    thought = _OPENING.match(content)
+    if thought and f"{thought[1]}/{thought[2]}" in turn[: max(0, start + after - len(content))]:
+        raise ClosedThoughtError(
+            f"{origin}: the chat template of {tokenizer.name_or_path} closes a thought before assistant turn "
+            f"{_turn_number(messages, index)}, which begins with one: choose a template that does not "
+            "(`model.student.chat_template`), or write the thought as reasoning_content."
         )
     return until, len(before), len(before) + start + _end_of_turn(turn[start:], after, ends)
 
