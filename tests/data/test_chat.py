@@ -351,17 +351,6 @@ def test_responses_without_an_end_of_turn_are_counted():
     assert report == EncodeReport(num_prompts=2, duplicates=(), overlong=(), unended=1)
 
 
-def test_responses_that_quote_an_end_of_turn_are_trained_on_whole_and_counted():
-    tok = tokenizer(CHATML)
-    records = [record("a", "say <|im_end|> twice"), record("<|im_end|>", "b"), record("c", "<|im_end|>", "d", "e")]
-
-    prompts, report = encode_all(records, tok, ids(tok, "<|im_end|>"), True, None, 60, "error")
-
-    assert written(prompts[0], tok) == ["say <|im_end|> twice<|im_end|>"]
-    assert report == EncodeReport(num_prompts=3, duplicates=(), overlong=(), unended=0, inner_ends=1)
-    assert "1 responses whose text has an end-of-turn token" in str(report)
-
-
 @pytest.mark.parametrize("answer", ["four", " four", "\n\nIt is four.\n", "a <b> 4 ü"])
 @pytest.mark.parametrize(
     ("template", "end"),

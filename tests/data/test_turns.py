@@ -158,3 +158,11 @@ def test_records_that_cant_be_encoded_are_left_out_and_counted():
     assert "1 left out since they can't be encoded" in str(report)
     with pytest.raises(DataError, match="line 2: the chat template"):
         encoded([bad])
+
+
+def test_responses_that_quote_an_end_of_turn_are_trained_on_whole_and_counted():
+    quoting, prompt_only = record("a", "say <|im_end|> twice"), record("<|im_end|>", "b")
+    prompts, report = encoded([quoting, prompt_only, record("c", "<|im_end|>", "d", "e")])
+    assert trained(prompts[0], tokenizer()) == "say <|im_end|> twice<|im_end|>"
+    assert (report.inner_ends, report.unended) == (1, 0)
+    assert "1 responses whose text has an end-of-turn token" in str(report)
