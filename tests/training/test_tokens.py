@@ -16,9 +16,11 @@ from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.generators.transformers import TransformersGenerator
 from distillkit.losses import CrossEntropy, ForwardKL
 from distillkit.storage import dates
+from distillkit.storage.files import StoreFolder
 from distillkit.storage.merge import merge
 from distillkit.storage.responses import ResponseStore
 from distillkit.teachers.transformers import TransformersTeacher
+from distillkit.training.tokens import run_tokenizer
 from distillkit.workflows import export
 from helpers.models import CHAT_TEMPLATE, END_ID, tiny_model, tiny_tokenizer
 from helpers.runs import QUIET, write_prompts
@@ -107,6 +109,19 @@ def test_the_teachers_template_serves_both(tmp_path: Path, caplog: pytest.LogCap
         module = fit(tmp_path / "second", Student(save(tmp_path / "student"), chat_template="teacher"), teacher)
     assert caplog.text.count(note) == 1, "nothing to say if both have the same"
     assert "brief" in module.tokenizer.chat_template
+
+
+def test_the_date_is_fixed_in_the_default_of_several_templates(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": DATED, "tool_use": "none"}
+    tokenizer.save_pretrained(tmp_path / "student")
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "student")
+    dates.write_date(StoreFolder(tmp_path / "store"), date(2024, 2, 29))
+    student = Student(str(tmp_path / "student"))
+    assert isinstance(student.tokenizer().chat_template, dict)
+    fixed = run_tokenizer(student, None, tmp_path / "store")
+    text = fixed.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == "29 Feb 2024\n<|im_start|>user\nHi<|im_end|>\n"
 
 
 def test_the_date_of_the_first_run_is_that_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,23 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from distillkit.data.records import Invalid
-from distillkit.data.template_spans import Ids, assistant_spans, decode, render, tokenise, tokenise_cut, turn_span
+from distillkit.data.template_spans import (
+    ClosedThoughtError,
+    Ids,
+    assistant_spans,
+    decode,
+    render,
+    require_written,
+    tokenise,
+    tokenise_cut,
+    turn_span,
+)
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Message, Prompt, Record, Tokenizer
 
@@ -27,6 +38,7 @@ class EncodeReport:
         overlong: Records left out because they are longer than `max_length`, each with its origin and length.
         unended: Encoded responses without an end-of-turn token: the student can't learn to stop from them.
         problems: Errors of the records left out because they can't be encoded.
+        inner_ends: Encoded last responses with an end-of-turn token before their end, as a text that quotes one has.
     """
 
     num_prompts: int
@@ -34,6 +46,7 @@ class EncodeReport:
     overlong: tuple[str, ...]
     unended: int
     problems: tuple[str, ...] = ()
+    inner_ends: int = 0
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -46,6 +59,7 @@ class EncodeReport:
             "left out as longer than data.max_length": len(self.overlong),
             "left out since they can't be encoded": len(self.problems),
             "responses without an end-of-turn token (the student can't learn to stop from them)": self.unended,
+            "responses whose text has an end-of-turn token (the student learns to go on after it)": self.inner_ends,
         }
         return "; ".join(
             [f"{self.num_prompts} prompts", *(f"{count} {note}" for note, count in notes.items() if count)]
@@ -119,8 +133,11 @@ def encode_all(
             prompts[prompt.id] = prompt
     references = [prompt.reference_ids for prompt in prompts.values() if prompt.reference_ids]
     unended = sum(ids[-1] not in eos_ids for ids in references)
+    ends = frozenset(eos_ids)
+    response_ids = [prompt.reference_ids[len(prompt.input_ids) :] for prompt in prompts.values()]
+    inner_ends = sum(not ends.isdisjoint(ids[:-1]) for ids in response_ids)
     left_out = tuple(duplicates), tuple(too_long), unended, tuple(problems)
-    return list(prompts.values()), EncodeReport(len(prompts), *left_out)
+    return list(prompts.values()), EncodeReport(len(prompts), *left_out, inner_ends)
 
 
 def _response_id(prompt: Prompt) -> str:
@@ -207,7 +224,13 @@ def encode_response(
     if is_chat:
         ends = [decode(tokenizer, [token]) for token in eos_ids]
         answer = {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
-        until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
+        try:
+            until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
+        except ClosedThoughtError:
+            if ended or reasoning:
+                raise
+            cut = re.sub(r"\s*[<\[][^>\]]*[>\]]", "", text, count=1)  # cut within its thought
+            return encode_response(prompt, "", False, tokenizer, eos_ids, cut)
         before, turn = until[:start], until[start:end]
         if not ended and reasoning and not text:
             turn = turn[: turn.find(reasoning.strip()) + len(reasoning.strip())]
@@ -239,7 +262,9 @@ def _encode_chat(
     messages: Sequence[Message], untrained: frozenset[int], tokenizer: Tokenizer, eos_ids: Ids, origin: str
 ) -> Encoded:
     if messages[-1]["role"] == "user":
-        return tokenise(tokenizer, [render(messages, tokenizer, True, origin)])[0], (), ()
+        prompt = render(messages, tokenizer, True, origin)
+        require_written(messages, prompt, tokenizer, True, origin)
+        return tokenise(tokenizer, [prompt])[0], (), ()
     text, cuts = assistant_spans(messages, tokenizer, eos_ids, origin)
     reference_ids, bounds = tokenise_cut(text, cuts, tokenizer, origin)
     turns = (index for index, message in enumerate(messages) if message["role"] == "assistant")

@@ -67,6 +67,7 @@ def set_template(
         ConfigError: If the template does not suit the tokenizer, or has no such variable.
     """
     text: object = tokenizer.chat_template
+    named = text if isinstance(text, Mapping) and template is None else {}
     if template == TEACHER:
         assert teacher is not None, "checked by the caller"
         text = teacher.chat_template
@@ -77,9 +78,16 @@ def set_template(
     if arguments:
         if not isinstance(text, str):
             raise ConfigError(f"template_kwargs: the tokenizer {tokenizer.name_or_path} has no chat template.")
+        if fixed := sorted(set(arguments) & set(tokenizer.special_tokens_map)):
+            raise ConfigError(
+                f"template_kwargs: {fixed[0]} would have no effect, since the tokenizer {tokenizer.name_or_path} sets "
+                "it in its template: change the tokenizer or the template."
+            )
         text = with_arguments(text, arguments)
     if template is not None or arguments:
         tokenizer.chat_template = None if text is None else str(text)
+    if named and arguments:  # those for tools and documents stay as they are, in the export too
+        setattr(tokenizer, "chat_template", {**named, "default": text})  # noqa: B010  wider than a text
 
 
 def require_same(

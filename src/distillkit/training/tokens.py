@@ -31,10 +31,16 @@ def run_tokenizer(student: Student, teacher: Teacher | None, store: str | Path |
     """
     teacher_tokenizer = teacher.tokenizer() if teacher is not None and student.chat_template == TEACHER else None
     tokenizer = student.tokenizer(teacher_tokenizer)
-    template = tokenizer.chat_template
-    if isinstance(template, str) and prints_date(template):
+    if (template := _dated_template(tokenizer)) is not None:
         tokenizer.chat_template = with_date(template, date.today() if store is None else fixed_date(store))
     return tokenizer
+
+
+def _dated_template(tokenizer: Tokenizer) -> str | None:
+    """The template that renders a tokenizer's conversations if it prints the date: of several by name, the default."""
+    template: object = tokenizer.chat_template
+    text = template.get("default") if isinstance(template, Mapping) else template
+    return text if isinstance(text, str) and prints_date(text) else None
 
 
 def rendering(tokenizer: Tokenizer, chat: bool) -> str:
@@ -57,8 +63,8 @@ def log_template_difference(tokenizer: Tokenizer, teacher: Tokenizer, store: str
     """
     if not tokenizer.chat_template or not teacher.chat_template:
         return
-    if isinstance(teacher.chat_template, str) and prints_date(teacher.chat_template):
-        teacher.chat_template = with_date(teacher.chat_template, fixed_date(store))
+    if (template := _dated_template(teacher)) is not None:
+        teacher.chat_template = with_date(template, fixed_date(store))
     messages = [{"role": "user", "content": "Hello"}]
     if render(messages, tokenizer, True, "a prompt") == render(messages, teacher, True, "a prompt"):
         return
