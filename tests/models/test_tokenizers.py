@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -86,6 +88,21 @@ def test_without_a_generation_config_the_config_counts(tmp_path):
     save_tiny(tmp_path, eos_token_id=9)
     (tmp_path / "generation_config.json").unlink()
     assert eos_ids(tiny_tokenizer(), str(tmp_path)) == (END_ID, 9)
+
+
+def test_a_broken_generation_config_is_refused_instead_of_left_out(tmp_path):
+    save_tiny(tmp_path, eos_token_id=[END_ID, 7])
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation config can't be loaded.*generation_config\.json' is not a valid"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("ends", ["1", [END_ID, "7"], [True]])
+def test_an_end_token_that_is_no_id_is_refused(ends, tmp_path):
+    save_tiny(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ModelError, match=r"generation config has the end token .*: set its eos_token_id to a token id"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_no_end_id_at_all_is_refused():

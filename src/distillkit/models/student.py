@@ -110,6 +110,11 @@ class Student(Part):
             ModelError: If it can't be read or trained, or `keep_layers` names a layer that it doesn't have.
         """
         model = self.load_base()
+        if self.lora is None and getattr(model, "is_quantized", False):
+            raise ModelError(
+                f"{self.source}: the weights of {type(model).__name__} are quantised, so they can't be trained. Name "
+                "the model that they were made from, or train adapters (Student.lora)."
+            )
         check_trainable(model)
         if self.keep_layers is not None:
             keep(model, self.keep_layers)

@@ -166,7 +166,14 @@ def eos_ids(tokenizer: Tokenizer, model: nn.Module | str | None, options: Source
 def _named_ends(config: "GenerationConfig | PreTrainedConfig | None") -> tuple[int, ...]:
     """The end tokens in a generation config, or in a model's config."""
     named = getattr(config, "eos_token_id", None)
-    return tuple(end for end in (named if isinstance(named, list | tuple) else [named]) if end is not None)
+    ends = [end for end in (named if isinstance(named, list | tuple) else [named]) if end is not None]
+    wrong = [end for end in ends if not isinstance(end, int) or isinstance(end, bool)]
+    if wrong:
+        raise ModelError(
+            f"The model's generation config has the end token {wrong[0]!r}: set its eos_token_id to a token id, or to "
+            "a list of them."
+        )
+    return tuple(ends)
 
 
 def _generation_config(source: str, options: SourceOptions) -> "GenerationConfig | PreTrainedConfig":
@@ -177,5 +184,7 @@ def _generation_config(source: str, options: SourceOptions) -> "GenerationConfig
     with quiet(), explained(source, "generation config"):
         try:
             return GenerationConfig.from_pretrained(folder, **revision)
-        except OSError:  # without generation_config.json the end tokens are in config.json
+        except OSError as error:  # without generation_config.json the end tokens are in config.json
+            if "JSON" in str(error):
+                raise
             return AutoConfig.from_pretrained(folder, **options.as_arguments())
