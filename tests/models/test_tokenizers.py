@@ -1,11 +1,15 @@
 import json
 
 import pytest
+import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ModelError
-from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same
+from distillkit.generators.transformers import TransformersGenerator
+from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same, vocab_size
+from distillkit.types import Prompt, Prompts, Sampling
 from helpers.models import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -103,6 +107,21 @@ def test_an_end_token_that_is_no_id_is_refused(ends, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(ModelError, match=r"generation config has the end token .*: set its eos_token_id to a token id"):
         load_tokenizer(str(tmp_path))
+
+
+def test_an_end_token_after_a_gap_in_the_ids_is_generated():
+    parts = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    parts["added_tokens"].append(parts["added_tokens"][0] | {"id": 400, "content": "<|end|>"})
+    parts["model"]["vocab"]["<|end|>"] = 400
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token="<|end|>")
+    assert tokenizer.eos_token_id == 400 > len(tokenizer)
+    assert vocab_size(tokenizer) == 401
+    model = tiny_model(448, eos_token_id=400, tie_word_embeddings=False)
+    model.lm_head.bias = nn.Parameter(torch.zeros(448).index_fill(0, torch.tensor(400), 1e6))
+    generator = TransformersGenerator(progress=False)
+    generator.refresh(model, tokenizer)
+    prompts = Prompts((Prompt("p", (), (5, 6, 7)),))
+    assert generator.generate(prompts, Sampling(temperature=0.0, max_new_tokens=4))[0].token_ids == (400,)
 
 
 def test_no_end_id_at_all_is_refused():

@@ -129,6 +129,11 @@ def require_same(
     )
 
 
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id. `len` is smaller where ids have gaps, and would cut the last tokens off."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """16 hex digits that identify the vocabulary and the chat template, which together tokenise a conversation."""
     content = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
