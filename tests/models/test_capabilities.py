@@ -165,6 +165,14 @@ def test_whatever_a_model_raises_is_one_line():
     )
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")
+def test_an_attention_implementation_that_fails_is_named():
+    model = tiny_family("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ModelError, match="student x: its test passes fail with attn_implementation flex_attention"):
+        capabilities(model, "student x")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_refused(value):
     model = made(LlamaForCausalLM, LlamaConfig)

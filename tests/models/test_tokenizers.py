@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ModelError
 from distillkit.generators.transformers import TransformersGenerator
+from distillkit.models.checkpoint import read_tokenizer
 from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same, vocab_size
 from distillkit.types import Prompt, Prompts, Sampling
-from helpers.models import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
+from helpers.models import CHAT_TEMPLATE, END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
 
 
 def renamed(tokenizer, old, new):
@@ -122,6 +123,38 @@ def test_an_end_token_after_a_gap_in_the_ids_is_generated():
     generator.refresh(model, tokenizer)
     prompts = Prompts((Prompt("p", (), (5, 6, 7)),))
     assert generator.generate(prompts, Sampling(temperature=0.0, max_new_tokens=4))[0].token_ids == (400,)
+
+
+def name_class(folder, name):
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_a_tokenizer_class_that_reads_the_file_in_another_way_is_not_used(tmp_path, caplog):
+    name_class(save_tiny(tmp_path), "LlamaTokenizerFast")  # as DeepSeek's distilled Llamas: every space would be lost
+    text = "Two words, and\n\n  more."
+    loaded, expected = load_tokenizer(str(tmp_path)), tiny_tokenizer()(text)["input_ids"]
+    assert loaded(text)["input_ids"] == expected
+    assert loaded.decode(expected) == text
+    assert (loaded.eos_token_id, loaded.chat_template) == (END_ID, CHAT_TEMPLATE)
+    assert "does not tokenise text as tokenizer.json says, which is used instead" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_class_that_agrees_with_the_file_is_used(name, tmp_path, caplog):
+    name_class(save_tiny(tmp_path), name)
+    assert type(read_tokenizer(str(tmp_path), "m")).__name__ == name
+    assert not caplog.records
+
+
+def test_text_has_the_same_tokens_each_time_although_the_file_asks_for_dropout(tmp_path):
+    save_tiny(tmp_path)
+    parts = json.loads((tmp_path / "tokenizer.json").read_text())
+    parts["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    tokenizer = load_tokenizer(str(tmp_path))
+    text = "What is the capital of France?"
+    assert all(tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"] for _ in range(8))
 
 
 def test_no_end_id_at_all_is_refused():

@@ -16,7 +16,7 @@ from distillkit.errors import DistillKitError, ModelError
 from distillkit.models.finite import tensors_not_finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +68,12 @@ def explained(source: str, item: str) -> Iterator[None]:
                 f"{source} comes with Python code of its own, which its {item} needs. Read that code; if you trust it, "
                 "set `trust_remote_code: true` beside the source, and permit it (DISTILLKIT_ALLOW=remote_code)."
             ) from error
+        if type(error).__name__.startswith("StrictDataclass"):  # a setting of another type than transformers expects
+            item = "config"
+        if "has been toggled on" in message:  # an attention implementation that the config names
+            message += " Set `attn_implementation: sdpa` beside the source."
+        if "tiktoken" in message:  # which transformers names for files of SentencePiece too
+            message += " It reads a tokenizer.model of SentencePiece if sentencepiece is installed."
         if match := _NO_CAUSAL_MODEL.search(message):
             raise ModelError(
                 f"{source} is a {match[1]} model, of which transformers has no causal language model "
@@ -151,6 +157,59 @@ def _forget_unpacking(model: "PreTrainedModel") -> None:
     operations = [operation for conversion in conversions for operation in getattr(conversion, "operations", [])]
     if any(hasattr(operation, "hf_quantizer") for operation in operations):
         del model._weight_conversions
+
+
+def read_tokenizer(folder: str, source: str, **options: object) -> "PreTrainedTokenizerBase":
+    """Reads a tokenizer, which tokenises text as its `tokenizer.json` says, and in the same way at each call.
+
+    Some classes of transformers build rules of their own and take the vocabulary alone from the file: a byte-level one
+    whose class is `LlamaTokenizerFast`, as in DeepSeek's distilled Llamas, then loses every space.
+
+    Args:
+        folder: Hub id or folder, as transformers' `from_pretrained` takes it.
+        source: The model as the user named it, for messages.
+        options: Further arguments of `from_pretrained`.
+
+    Returns:
+        A transformers tokenizer, without BPE dropout.
+
+    Raises:
+        ModelError: If it can't be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # here, for a fast start: see `quiet`
+
+    with quiet(), explained(source, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+        file = Path(folder) / "tokenizer.json"
+        if type(tokenizer) is not PreTrainedTokenizerFast and file.is_file() and not _tokenises_as(tokenizer, file):
+            _log.warning(
+                "%s: transformers' %s does not tokenise text as tokenizer.json says, which is used instead.",
+                source,
+                type(tokenizer).__name__,
+            )
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # None for one in Python
+    if getattr(getattr(backend, "model", None), "dropout", None):
+        backend.model.dropout = None  # type: ignore[union-attr]
+    return tokenizer
+
+
+_SAMPLES = ("Two words, and  12 + 345:", "it's {x}\n\n\tdone", "über, 中文 é")
+
+
+def _tokenises_as(tokenizer: "PreTrainedTokenizerBase", file: Path) -> bool:
+    """True if some texts have the tokens that a `tokenizer.json` gives them, and for a tokenizer in Python."""
+    from tokenizers import Tokenizer
+
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return True
+    stored = Tokenizer.from_file(str(file))
+    stored.no_truncation()
+    stored.no_padding()
+    return all(
+        tokenizer(text, add_special_tokens=False)["input_ids"] == stored.encode(text, add_special_tokens=False).ids
+        for text in _SAMPLES
+    )
 
 
 def _require_finite(model: nn.Module, source: str) -> None:

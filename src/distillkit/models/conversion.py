@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distillkit.errors import ModelError
-from distillkit.models.checkpoint import explained, quiet, read_model, share_files, write_model
+from distillkit.models.checkpoint import explained, quiet, read_model, read_tokenizer, share_files, write_model
 from distillkit.models.equality import differs, gap, logits, rounding_tolerance
 from distillkit.models.merging import merge_lora
 
@@ -109,8 +109,7 @@ def convert_adapter(adapter: Path, base: str, source: str, folder: Path, **optio
         ModelError: If the base model or the adapter can't be read, or the adapter is not of a kind that can be merged,
             or merging changes it.
     """
-    from peft import PeftModel  # slow imports
-    from transformers import AutoTokenizer
+    from peft import PeftModel  # slow import
 
     if not any((adapter / name).is_file() for name in _ADAPTER_WEIGHTS):
         raise ModelError(f"{source} has an {ADAPTER_CONFIG} and no {_ADAPTER_WEIGHTS[0]}: copy the adapter's weights.")
@@ -144,8 +143,9 @@ def convert_adapter(adapter: Path, base: str, source: str, folder: Path, **optio
         )
     write_model(merged, folder)
     tokenizer_folder = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
-    with quiet(), explained(source, "tokenizer"):
-        AutoTokenizer.from_pretrained(tokenizer_folder, **options).save_pretrained(folder)
+    tokenizer = read_tokenizer(tokenizer_folder, source, **options)
+    with quiet():
+        tokenizer.save_pretrained(folder)
     share_files(folder)
 
 

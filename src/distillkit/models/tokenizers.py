@@ -10,7 +10,7 @@ from torch import nn
 from distillkit.data.chat_templates import TEACHER, read_template, with_arguments
 from distillkit.data.template_spans import template_end
 from distillkit.errors import ConfigError, ModelError
-from distillkit.models.checkpoint import explained, quiet
+from distillkit.models.checkpoint import explained, quiet, read_tokenizer
 from distillkit.models.options import DEFAULT, SourceOptions
 from distillkit.models.sources import prepare
 from distillkit.types import Tokenizer
@@ -39,11 +39,7 @@ def load_tokenizer(source: str, options: SourceOptions = DEFAULT, pads: bool = T
     Raises:
         ModelError: If it can't be read or has no end token.
     """
-    from transformers import AutoTokenizer  # here, for a fast start of the command line
-
-    folder = prepare(source, options)
-    with quiet(), explained(source, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **options.as_arguments())
+    tokenizer: Tokenizer = read_tokenizer(prepare(source, options), source, **options.as_arguments())
     if tokenizer.eos_token is None:
         raise ModelError(f"{source}: the tokenizer has no end token, so no response could end. Set its eos_token.")
     if tokenizer.pad_token is None and pads:
