@@ -98,6 +98,19 @@ def test_more_layers_in_the_config_than_in_the_weights_are_refused(folder):
         load_model(str(folder), "float32")
 
 
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_weights_with_code_are_refused_without_running_it(folder, capfd):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Code()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"\.bin file that holds more than tensors, .* Save the model as safetensors"):
+        load_model(str(folder), "float32")
+    assert "code ran" not in capfd.readouterr().out
+
+
 def edit_config(folder, **settings):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,11 @@ def explained(source: str, item: str) -> Iterator[None]:
             raise ModelError(
                 f"{source} comes with Python code of its own, which its {item} needs. Read that code; if you trust it, "
                 "set `trust_remote_code: true` beside the source, and permit it (DISTILLKIT_ALLOW=remote_code)."
+            ) from error
+        if isinstance(error, UnpicklingError):
+            raise ModelError(
+                f"{source}: the {item}'s weights are in a .bin file that holds more than tensors, which could run code "
+                "and is not read. Save the model as safetensors."
             ) from error
         if type(error).__name__.startswith("StrictDataclass"):  # a setting of another type than transformers expects
             item = "config"

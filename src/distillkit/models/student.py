@@ -119,6 +119,11 @@ class Student(Part):
         if self.keep_layers is not None:
             keep(model, self.keep_layers)
         if self.gradient_checkpointing:
+            if not getattr(model, "supports_gradient_checkpointing", True):
+                raise ModelError(
+                    f"{self.source}: {type(model).__name__} does not support gradient checkpointing. Leave "
+                    "Student.gradient_checkpointing out."
+                )
             # Reentrant checkpointing gives adapters no gradient if their input needs none, and does not work with DDP.
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if self.lora is not None:
