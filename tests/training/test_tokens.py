@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning
 import pytest
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from distillkit import DistillData, DistillModule, Lora, Sampling, Student
 from distillkit.callbacks import Export, RunCheckpoint
@@ -170,6 +170,36 @@ def test_a_pair_with_other_added_tokens_is_trained_if_these_never_occur(tmp_path
         "`model.added_tokens: unused`."
     )
     fit(tmp_path / "unused", Student(student), teacher, added_tokens="unused")
+
+
+def test_tokens_without_logits_are_no_error_if_they_never_occur(tmp_path: Path) -> None:
+    # Gemma 3 has a token for images past its 262,144 logits, and many tuned Llamas an added padding token.
+    folders = []
+    for seed, name in enumerate(("student", "teacher")):
+        folders.append(save(tmp_path / name, added=("<image>", "very")))
+        tokenizer = AutoTokenizer.from_pretrained(folders[-1])
+        tokenizer.pad_token = "<image>"
+        tokenizer.save_pretrained(folders[-1])
+        tiny_model(321, seed=seed, eos_token_id=tokenizer.eos_token_id).save_pretrained(folders[-1])
+    with pytest.raises(ModelError, match=r"has 323 tokens and the models share 321 logits\. .*added_tokens: unused"):
+        fit(tmp_path / "strict", Student(folders[0]), folders[1])
+    with pytest.raises(
+        DataError, match=r"has the token 322, which is 'very' for the tokenizer and past the 321 logits"
+    ):
+        fit(tmp_path / "occurs", Student(folders[0]), folders[1], added_tokens="unused")
+    for folder in folders:
+        for file in Path(folder).glob("*token*.json"):
+            file.write_text(file.read_text().replace('"very"', '"<audio>"'))
+    for curator in (None, StudentCurator(Sampling(temperature=0.0, max_new_tokens=4))):
+        module = fit(tmp_path / "run", Student(folders[0]), folders[1], curator, added_tokens="unused")
+    assert module.tokenizer.pad_token_id == module.tokenizer.eos_token_id, "padding has an embedding"
+
+
+def test_an_end_token_without_a_logit_is_refused(tmp_path: Path) -> None:
+    student = save(tmp_path / "student")
+    tiny_model(320).save_pretrained(student)
+    with pytest.raises(ModelError, match="has 321 tokens and the models share 320 logits"):
+        fit(tmp_path / "run", Student(student), added_tokens="unused")
 
 
 def test_an_added_token_that_occurs_after_all_is_an_error(tmp_path: Path) -> None:

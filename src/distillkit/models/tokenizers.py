@@ -10,7 +10,7 @@ from torch import nn
 from distillkit.data.chat_templates import TEACHER, read_template, with_arguments
 from distillkit.data.template_spans import template_end
 from distillkit.errors import ConfigError, ModelError
-from distillkit.models.checkpoint import explained, quiet
+from distillkit.models.checkpoint import explained, quiet, read_tokenizer
 from distillkit.models.options import DEFAULT, SourceOptions
 from distillkit.models.sources import prepare
 from distillkit.types import Tokenizer
@@ -39,11 +39,7 @@ def load_tokenizer(source: str, options: SourceOptions = DEFAULT, pads: bool = T
     Raises:
         ModelError: If it can't be read or has no end token.
     """
-    from transformers import AutoTokenizer  # here, for a fast start of the command line
-
-    folder = prepare(source, options)
-    with quiet(), explained(source, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **options.as_arguments())
+    tokenizer: Tokenizer = read_tokenizer(prepare(source, options), source, **options.as_arguments())
     if tokenizer.eos_token is None:
         raise ModelError(f"{source}: the tokenizer has no end token, so no response could end. Set its eos_token.")
     if tokenizer.pad_token is None and pads:
@@ -137,6 +133,11 @@ def require_same(
     )
 
 
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id. `len` is smaller where ids have gaps, and would cut the last tokens off."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """16 hex digits that identify the vocabulary and the chat template, which together tokenise a conversation."""
     content = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
@@ -174,7 +175,14 @@ def eos_ids(tokenizer: Tokenizer, model: nn.Module | str | None, options: Source
 def _named_ends(config: "GenerationConfig | PreTrainedConfig | None") -> tuple[int, ...]:
     """The end tokens in a generation config, or in a model's config."""
     named = getattr(config, "eos_token_id", None)
-    return tuple(end for end in (named if isinstance(named, list | tuple) else [named]) if end is not None)
+    ends = [end for end in (named if isinstance(named, list | tuple) else [named]) if end is not None]
+    wrong = [end for end in ends if not isinstance(end, int) or isinstance(end, bool)]
+    if wrong:
+        raise ModelError(
+            f"The model's generation config has the end token {wrong[0]!r}: set its eos_token_id to a token id, or to "
+            "a list of them."
+        )
+    return tuple(ends)
 
 
 def _generation_config(source: str, options: SourceOptions) -> "GenerationConfig | PreTrainedConfig":
@@ -185,5 +193,7 @@ def _generation_config(source: str, options: SourceOptions) -> "GenerationConfig
     with quiet(), explained(source, "generation config"):
         try:
             return GenerationConfig.from_pretrained(folder, **revision)
-        except OSError:  # without generation_config.json the end tokens are in config.json
+        except OSError as error:  # without generation_config.json the end tokens are in config.json
+            if "JSON" in str(error):
+                raise
             return AutoConfig.from_pretrained(folder, **options.as_arguments())

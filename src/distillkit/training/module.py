@@ -21,12 +21,12 @@ from distillkit.generators.transformers import TransformersGenerator
 from distillkit.interfaces import Curator, Generator, Loss, Schedule, Teacher, Verifier
 from distillkit.models.capabilities import capabilities
 from distillkit.models.loading import records_graphs
-from distillkit.models.scoring import score, share_vocab, side_by_side
+from distillkit.models.scoring import score, side_by_side
 from distillkit.models.student import Student
 from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
-from distillkit.training import resume
+from distillkit.training import resume, tokens
 from distillkit.training.checkpoint import Checkpoint
 from distillkit.training.checks import check_components, check_lengths, check_overlap, check_parts
 from distillkit.training.generation import generator_pool
@@ -37,7 +37,6 @@ from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
 from distillkit.training.step_metrics import StepMeter, current_values, flatten
-from distillkit.training.tokens import check_tokens, compare_tokens, log_template_difference, run_tokenizer
 from distillkit.training.trainer_checks import check_trainer
 from distillkit.training.validation import Validation
 from distillkit.training.window import StepWindow
@@ -184,12 +183,12 @@ class DistillModule(Part, PortableModule):
     def tokenizer(self) -> Tokenizer:
         """The student's tokenizer."""
         if self._trainer is None:  # no run, so no store whose date a chat template prints
-            return run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store)
+            return tokens.run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store)
         return self._tokenizer
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store_folder)
+        return tokens.run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store_folder)
 
     @property
     def store_folder(self) -> str:
@@ -209,9 +208,9 @@ class DistillModule(Part, PortableModule):
         if self.same_vocab_teacher is not None:
             teacher = self.same_vocab_teacher.tokenizer()
             names = self.student_spec.source, self.same_vocab_teacher.display_name
-            self._unshared = compare_tokens(self.tokenizer, teacher, *names, self.added_tokens, prompts)
+            self._unshared = tokens.compare_tokens(self.tokenizer, teacher, *names, self.added_tokens, prompts)
             if uses_chat_template(self.trainer):
-                log_template_difference(self.tokenizer, teacher, self.store_folder)
+                tokens.log_template_difference(self.tokenizer, teacher, self.store_folder)
         elif self.teacher is not None:
             self.teacher.prepare_alignment(self.tokenizer, prompts.get("train", Prompts(())))
 
@@ -221,6 +220,7 @@ class DistillModule(Part, PortableModule):
         self._load_models(device, self.print)
         if self.teacher is not None:
             self.teacher.setup(device)  # the last run may have been on another one
+        self._unshared |= tokens.without_logits(self.tokenizer, self._vocab, run_prompts(self.trainer))
         models = self.student, self.student_spec.source, self.same_vocab_teacher
         check_lengths(*models, run_prompts(self.trainer), self.curator, self.answers)
 
@@ -232,7 +232,8 @@ class DistillModule(Part, PortableModule):
         capabilities(self.student, f"student {self.student_spec.source}")
         if self.teacher is not None:
             self.teacher.setup(device)
-        self._vocab = share_vocab(self.student, self.same_vocab_teacher, len(self.tokenizer), log)
+        models = self.student, self.same_vocab_teacher
+        self._vocab = tokens.share_logits(*models, self.tokenizer, self.added_tokens, log)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with the learning-rate schedule."""
@@ -260,7 +261,7 @@ class DistillModule(Part, PortableModule):
         return run_identity(self, self.trainer) | {"optimizer": optimizer_identity(self.optimizer)}
 
     def _prepare_teacher(self, rows: list[Row]) -> None:
-        check_tokens(self._unshared, rows)
+        tokens.check_tokens(self._unshared, rows)
         if self.teacher is not None and self.loss.needs_teacher:
             self.teacher.prepare(rows)
 
@@ -281,7 +282,7 @@ class DistillModule(Part, PortableModule):
         self.rounds.wait()
         curator = DatasetCurator() if self.same_vocab_teacher is None else TeacherCurator(self.answers)
         rows = list(curator.curate(prompts, self.writers.generators))
-        check_tokens(self._unshared, rows)
+        tokens.check_tokens(self._unshared, rows)
         if self.same_vocab_teacher is not None:
             self.same_vocab_teacher.prepare(rows)
         self.validation.set_references(prompts, rows, self.tokenizer)

@@ -1,15 +1,18 @@
 """The tokens of a run: its tokenizer and chat template, and how far the teacher's agree with them."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Literal
+
+from torch import nn
 
 from distillkit.data.chat_templates import TEACHER, prints_date, with_date
 from distillkit.data.template_spans import render
 from distillkit.errors import DataError
 from distillkit.interfaces import Teacher
+from distillkit.models.scoring import share_vocab
 from distillkit.models.student import Student
 from distillkit.models.tokenizers import fingerprint, require_same
 from distillkit.storage.dates import fixed_date
@@ -104,6 +107,60 @@ def compare_tokens(
     for split in prompts.values():
         check_tokens(unshared, split)
     return unshared
+
+
+def share_logits(
+    student: nn.Module,
+    teacher: Teacher | None,
+    tokenizer: Tokenizer,
+    added_tokens: Literal["same", "unused"],
+    log: Callable[[str], None],
+) -> int:
+    """Limits the teacher to the logits that both models have, as `share_vocab` does; every token needs one.
+
+    Args:
+        student: A transformers causal language model.
+        teacher: The teacher, after `setup`; None for a run without one.
+        tokenizer: The run's tokenizer. If its padding token has no logit, it pads with its end token afterwards.
+        added_tokens: `same`: every token needs a logit; `unused`: added tokens need none.
+        log: Called with a message if the widths differ.
+
+    Returns:
+        V, the number of logits that both have.
+
+    Raises:
+        ModelError: If a token that needs a logit, or the end token, has none.
+    """
+    added = set(tokenizer.get_added_vocab().values()) if added_tokens == "unused" else set[int]()
+    needed = set(tokenizer.get_vocab().values()) - added | {tokenizer.eos_token_id}
+    vocab = share_vocab(student, teacher, max(token_id for token_id in needed if token_id is not None) + 1, log)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab:
+        tokenizer.pad_token = tokenizer.eos_token
+    return vocab
+
+
+def without_logits(tokenizer: Tokenizer, vocab: int, prompts: Mapping[str, Prompts]) -> dict[int, str]:
+    """Finds the tokens that the models have no logits for, and refuses prompts with one of them.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        vocab: V, number of logits.
+        prompts: The prompts of each split.
+
+    Returns:
+        Such tokens by id, each with a note for `check_tokens`.
+
+    Raises:
+        DataError: If a prompt or its response has such a token.
+    """
+    surplus = {
+        token_id: f"{token!r} for the tokenizer and past the {vocab} logits of the models"
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= vocab
+    }
+    for split in prompts.values():
+        check_tokens(surplus, split)
+    return surplus
 
 
 def check_tokens(unshared: Mapping[int, str], prompts: Prompts | Iterable[Row]) -> None:

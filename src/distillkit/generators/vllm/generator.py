@@ -23,7 +23,7 @@ from distillkit.models.merging import merge_lora
 from distillkit.models.options import SourceOptions
 from distillkit.models.sources import check, identity, prepare
 from distillkit.models.structure import base_model
-from distillkit.models.tokenizers import eos_ids, load_tokenizer, require_same
+from distillkit.models.tokenizers import eos_ids, load_tokenizer, require_same, vocab_size
 from distillkit.types import Prompts, Response, Sampling, Tokenizer
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class VLLMGenerator(Generator):
         if weights == self._loaded_fingerprint:
             return
         merged, start = merge_lora(model), time.perf_counter()
-        vocab = min(len(tokenizer), logits_width(merged))
+        vocab = min(vocab_size(tokenizer), logits_width(merged))
         if self._llm is None:
             with tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
                 vllm_engine.save(merged, vocab, Path(folder))
