@@ -99,8 +99,8 @@ def resumed_place(saved: Mapping[str, Any], now: Mapping[str, Any], restarted: S
         step: Optimizer steps that were taken.
 
     Raises:
-        ConfigError: If the rest of an epoch would be made of other prompts, or the run has fewer epochs than were
-            trained.
+        ConfigError: If the rest of an epoch would be made of other prompts, or the run has fewer epochs or steps than
+            were trained.
     """
     if "place" not in saved:
         raise ConfigError("The checkpoint is from an earlier version of distillkit, and only measures or exports.")
@@ -122,10 +122,18 @@ def resumed_place(saved: Mapping[str, Any], now: Mapping[str, Any], restarted: S
     if restarted:
         _warn(f"The loss or the curator is another one, so these begin anew: {', '.join(restarted)}.")
     max_epochs = now["settings"]["trainer.max_epochs"]
-    if max_epochs is not None and 0 <= max_epochs < position.epoch:
+    is_within = position.batches > 0
+    if max_epochs is not None and 0 <= max_epochs < position.epoch + is_within:
+        place = f"{'within' if is_within else 'from'} epoch {position.epoch}"
         raise ConfigError(
-            f"The checkpoint is from epoch {position.epoch}, and trainer.max_epochs is {max_epochs}: there is nothing "
-            f"to train. Set it above {position.epoch}."
+            f"The checkpoint is {place}, and trainer.max_epochs is {max_epochs}: there is nothing to train. Set "
+            f"it above {position.epoch}."
+        )
+    max_steps = now["settings"]["trainer.max_steps"]
+    if 0 <= max_steps < step:
+        raise ConfigError(
+            f"The checkpoint is from step {step}, and trainer.max_steps is {max_steps}: there is nothing to train. "
+            f"Set it above {step}."
         )
     if position.batches and now["batch_prompts"] != saved["batch_prompts"]:  # in as large steps, as was checked above
         before = position.batches
