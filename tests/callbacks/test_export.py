@@ -118,6 +118,13 @@ def test_the_card_says_of_which_step_its_metrics_are(options: dict[str, int], he
     assert f"{module.history[-1]['val/nll']:.4g} |" in lines[start + 2]
 
 
+def test_no_curves_are_drawn_of_a_log_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "distillkit"):
+        fit(tmp_path, Student(str(save_tiny(tmp_path / "source"))))
+    assert "No curves are drawn: the run's folder has no CSV log." in caplog.text
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_an_adapter_alone_fits_its_source_and_is_a_source_itself(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "cache"))
     source = save_tiny(tmp_path / "source")

@@ -173,6 +173,10 @@ SAID = {
     "schedule": ({"lr_schedule": "linear"}, ["model.lr_schedule: it was cosine and is linear"]),
     "weight decay": ({"decay": 0.5}, ["model.optimizer.weight_decay: it was 0.0 and is 0.5"]),
     "length": ({"max_epochs": 3}, ["trainer.max_epochs: it was 2 and is 3"]),
+    "kind of clipping": (
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        ["trainer.gradient_clip_algorithm: it was norm and is value"],
+    ),
     "clipping": ({"gradient_clip_val": 1.0}, ["trainer.gradient_clip_val: it was None and is 1.0"]),
 }
 

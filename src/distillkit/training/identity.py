@@ -62,10 +62,12 @@ def run_identity(module: RunModule, trainer: Trainer) -> dict[str, Any]:
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it through a connector
     student = module.student_spec
+    algorithm = trainer.gradient_clip_algorithm
     settings = dict(_flat("model", module.hparams))
     settings |= {
         "trainer.precision": str(trainer.precision),
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        "trainer.gradient_clip_algorithm": algorithm.value if algorithm is not None else "norm",
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.max_steps": trainer.max_steps,
         "seed_everything": resolve_seed(None),
@@ -124,9 +126,9 @@ def resumed_place(saved: Mapping[str, Any], now: Mapping[str, Any], restarted: S
     max_epochs = now["settings"]["trainer.max_epochs"]
     is_within = position.batches > 0
     if max_epochs is not None and 0 <= max_epochs < position.epoch + is_within:
-        place = f"{'within' if is_within else 'from'} epoch {position.epoch}"
+        origin = f"{'within' if is_within else 'from'} epoch {position.epoch}"
         raise ConfigError(
-            f"The checkpoint is {place}, and trainer.max_epochs is {max_epochs}: there is nothing to train. Set "
+            f"The checkpoint is {origin}, and trainer.max_epochs is {max_epochs}: there is nothing to train. Set "
             f"it above {position.epoch}."
         )
     max_steps = now["settings"]["trainer.max_steps"]

@@ -355,9 +355,7 @@ class DistillModule(Part, PortableModule):
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
-            raise ConfigError(
-                "Training has no end: set trainer.max_epochs, trainer.max_steps, or a Budget (max_time is none)."
-            )
+            raise ConfigError("Training has no end: set trainer.max_epochs, trainer.max_steps, or a Budget.")
         return int(total)
 
     def _update_schedules(self, step: int, metrics: Mapping[str, Summary]) -> None:
