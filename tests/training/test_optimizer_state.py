@@ -76,7 +76,12 @@ def test_an_optimizer_that_can_not_work_is_refused(name: str) -> None:
 def test_a_student_without_a_trained_parameter_is_refused(tmp_path: Path) -> None:
     save_models(tmp_path)
     data = DistillData(write_prompts(tmp_path / "train.jsonl", 2, response=True))
-    settings: dict[str, Any] = {"max_epochs": 1, "logger": False, "default_root_dir": tmp_path}
+    settings: dict[str, Any] = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "default_root_dir": tmp_path,
+    }
     module = DistillModule(Student(str(tmp_path / "student")), CrossEntropy())
     lightning.Trainer(**QUIET, **settings).fit(module, data)
     module.freeze()
