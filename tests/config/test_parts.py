@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,7 @@ def test_types_of_parameters() -> None:
     assert "missing" not in types
     assert items(part_types(MixedCurator)["parts"]) is Curator
     assert items(part_types(MixedCurator)["shares"]) is float
+    assert not list(members(typing.Callable)), "a function of which no more is said"
 
 
 def test_help_lists_and_explains_installed_parts(installed: None, capsys: pytest.CaptureFixture[str]) -> None:

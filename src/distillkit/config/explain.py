@@ -16,10 +16,14 @@ _UNKNOWN = re.compile(
 )
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _TYPE = re.compile(
-    r"Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|typing\.Literal\[(?P<choices>[^\]]*)\]|(?P<text>[^.:]*))"
+    r"Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|typing\.Literal\[(?P<choices>[^\]]*)\]"
+    r"|(?P<text>[^.:]*?)(?=, but got |[.:]|$))"
 )
 _FACTORY = re.compile(
     r"Type typing\.Callable.* expects a function or a callable class: (?P<reason>.*?)\.*(?: Got value: (?P<value>.*))?$"
+)
+_FACTORY_KEY = re.compile(
+    r"Type typing\.Callable.* expects a function or a callable class: Parser key \"(?P<name>[^\"]+)\":$"
 )
 _CLASS_PATH = re.compile(r"class_path='(?P<name>[\w.]+)'")
 _TYPE_NAMES = {
@@ -32,7 +36,7 @@ _TYPE_NAMES = {
     "list": "a list",
     "str": "a text",
 }
-_VALUE = re.compile(r"(?:Got value|Given value): (?P<value>(?!NestedArg).*)")
+_VALUE = re.compile(r"(?:Got value|Given value): (?P<value>(?!NestedArg).*?)(?:\. Got value: .*)?$", re.MULTILINE)
 _NOISE = re.compile(
     r"Does not validate|Subtypes: |Errors:$|Given value|Subclass types expect|a class path \(str\)|a dict with"
     r"|Expected a path but"
@@ -81,15 +85,15 @@ def _problems(message: str) -> list[_Problem]:
     """The leaves of the tree that a message describes."""
     branches: list[tuple[int, str, bool]] = []  # indentation, name, True for a key and False for a class
     problems = []
-    for line in message.splitlines():
+    for line in filter(str.strip, message.splitlines()):
         text = line.lstrip(" -")
         indentation = len(line) - len(text)
         while branches and branches[-1][0] >= indentation:
             branches.pop()
-        for pattern in (_KEY, _CLASS):
+        for pattern in (_KEY, _CLASS, _FACTORY_KEY):
             match = pattern.match(text)
             if match is not None:
-                branches.append((indentation, match["name"], pattern is _KEY))
+                branches.append((indentation, match["name"], pattern is not _CLASS))
                 text = text[match.end() :].strip()
         if text and not _NOISE.match(text):
             keys = tuple(name for _, name, is_key in branches if is_key)

@@ -62,7 +62,7 @@ def members(annotation: object) -> Iterator[object]:
     elif origin is typing.Annotated:
         yield from members(arguments[0])
     elif origin is collections.abc.Callable:
-        yield from members(arguments[-1])
+        yield from members(arguments[-1] if arguments else None)
     elif annotation is not None:
         yield annotation
 

@@ -26,13 +26,12 @@ from distillkit.models.student import Student
 from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
-from distillkit.training import resume, tokens
+from distillkit.training import optimizer_state, resume, tokens
 from distillkit.training.checkpoint import Checkpoint
 from distillkit.training.checks import check_components, check_lengths, check_overlap, check_parts
 from distillkit.training.generation import generator_pool
 from distillkit.training.identity import run_identity
 from distillkit.training.lr_schedule import Shape, check_schedule, check_warmup, with_schedule
-from distillkit.training.optimizer_state import check_rounding, optimizer_identity, refresh_rates
 from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
@@ -151,7 +150,7 @@ class DistillModule(Part, PortableModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds none. It is the first hook of a run: an unsupported setting is refused, and the last run forgotten."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.held_out.names(self.same_vocab_teacher is not None))
         if self.begin_run(self.trainer):
             self.progress_fn, self.resumed, self._step, self.meter = None, {}, {}, StepMeter()
             self.validation.start_over()
@@ -237,9 +236,9 @@ class DistillModule(Part, PortableModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with the learning-rate schedule."""
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        optimizer = self.optimizer(trained)
-        check_rounding(trained, optimizer)
+        optimizer = optimizer_state.make_optimizer(self.optimizer, self.student)
+        self.optimizer_settings = optimizer_state.optimizer_identity(optimizer)
+        optimizer_state.check_rounding(optimizer)
         return with_schedule(optimizer, self.lr_schedule, self.warmup, self.progress_fn or self._total_steps())
 
     @cached_property
@@ -258,7 +257,8 @@ class DistillModule(Part, PortableModule):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a resumed run is compared with."""
-        return run_identity(self, self.trainer) | {"optimizer": optimizer_identity(self.optimizer)}
+        settings = self.optimizer_settings or optimizer_state.expected_identity(self.optimizer, self.student)
+        return run_identity(self, self.trainer) | {"optimizer": settings}
 
     def _prepare_teacher(self, rows: list[Row]) -> None:
         tokens.check_tokens(self._unshared, rows)
@@ -330,7 +330,7 @@ class DistillModule(Part, PortableModule):
         """Sets the schedules to the current step, and restores the random state of a resumed run."""
         self._update_schedules(self.trainer.global_step, {})
         if self.resumed:
-            refresh_rates(config.scheduler for config in self.trainer.lr_scheduler_configs)
+            optimizer_state.refresh_rates(config.scheduler for config in self.trainer.lr_scheduler_configs)
         resume.restore_random(self.resumed.get("random", []), self.global_rank, self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
