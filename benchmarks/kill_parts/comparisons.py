@@ -50,10 +50,10 @@ class Forked:
         command: The command, `[python, "-P", "-m", "distillkit", *arguments]`.
         stdout: Where it prints.
         env: Its environment.
-        others: What else `subprocess.Popen` takes.
+        options: Other arguments of `subprocess.Popen`, which change nothing here.
     """
 
-    def __init__(self, command: list[str], stdout: Any, env: dict[str, str], **others: Any) -> None:
+    def __init__(self, command: list[str], stdout: Any, env: dict[str, str], **options: Any) -> None:
         parent = os.getpid()
         self.pid, self.status = os.fork(), None
         if self.pid == 0:
@@ -110,10 +110,10 @@ def compare(root: Path) -> Case:
 
     def faults() -> list[str]:
         result = damaged(out)
-        for place in (out / "runs").glob("*/*"):
-            if (place / "failed.json").exists():
-                result.append(f"{place}: a run that was stopped is called failed")
-            result += export_faults(place / "export")
+        for folder in (out / "runs").glob("*/*"):
+            if (folder / "failed.json").exists():
+                result.append(f"{folder}: a run that was stopped is called failed")
+            result += export_faults(folder / "export")
         return result
 
     def values() -> object:
