@@ -3,8 +3,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from distillkit.errors import ModelError
-from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same
-from helpers.models import END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
+from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, num_ids, require_same
+from helpers.models import END, END_ID, GAPPED_END_ID, START_ID, gapped_tokenizer, save_tiny, tiny_model, tiny_tokenizer
 
 
 def renamed(tokenizer, old, new):
@@ -101,3 +101,11 @@ def test_a_fingerprint_names_the_vocabulary_and_the_chat_template(tmp_path):
     other.chat_template = "{{ messages }}"
     found = {fingerprint(one) for one in (loaded, other, tiny_tokenizer(330), renamed(tiny_tokenizer(), "~", "ÿÿ"))}
     assert len(found) == 4
+
+
+def test_ids_are_counted_over_the_gaps_of_a_vocabulary():
+    gapped = gapped_tokenizer()
+    assert (len(gapped), gapped.eos_token_id, num_ids(gapped)) == (320, GAPPED_END_ID, GAPPED_END_ID + 1)
+    gapped.add_tokens(["<extra>"])
+    assert num_ids(gapped) == max(gapped.get_vocab().values()) + 1
+    assert num_ids(tiny_tokenizer()) == len(tiny_tokenizer())

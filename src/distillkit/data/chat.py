@@ -219,7 +219,19 @@ def encode_response(
     if turn:
         joined, bounds = tokenise_cut(before + turn, [len(before), len(before) + len(turn)], tokenizer, origin)
         ids = joined[bounds[0] :]
-    return (*ids, eos_ids[0]) if ended and not is_chat else ids
+    return _ended(ids, eos_ids) if ended and not is_chat else ids
+
+
+def is_plain_text(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+    """True if the prompt's tokens are its text, and not its messages in a chat template.
+
+    Args:
+        prompt: The prompt, from `encode` with the same tokenizer.
+        tokenizer: A transformers tokenizer.
+    """
+    if len(prompt.messages) != 1:
+        return False
+    return not tokenizer.chat_template or decode(tokenizer, prompt.input_ids).endswith(prompt.messages[0]["content"])
 
 
 def _is_rendered(prompt: Prompt, tokenizer: Tokenizer, origin: str) -> bool:
@@ -267,14 +279,23 @@ def _encode_plain(messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Id
         )
     text = prompt + messages[1]["content"]
     ids, bounds = tokenise_cut(text, [len(prompt), len(text)], tokenizer, origin)
-    bounds_of_response = len(first) + bounds[0], len(first) + bounds[1] + 1
-    return input_ids, (*first, *ids, eos_ids[0]), _mask(bounds_of_response)
+    reference_ids = (*first, *_ended(ids, eos_ids))
+    return input_ids, reference_ids, _mask((len(first) + bounds[0], len(reference_ids)))
+
+
+def _ended(ids: Ids, eos_ids: Ids) -> Ids:
+    """The tokens of a response with an end of turn, which its text may contain already."""
+    return ids if ids and ids[-1] in eos_ids else (*ids, eos_ids[0])
 
 
 def _first_ids(text: str, tokenizer: Tokenizer) -> Ids:
-    """The special tokens that the tokenizer adds before a text; those it adds after the text are ignored."""
+    """The special tokens that the tokenizer adds before a text, unless the text begins with them.
+
+    Those that it adds after the text are ignored.
+    """
     ids, bare = tuple(tokenizer(text, verbose=False)["input_ids"]), tokenise(tokenizer, [text])[0]
-    return next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
+    first: Ids = next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
+    return () if bare[: len(first)] == first else first
 
 
 def _mask(bounds: Sequence[int], trained: Sequence[bool] = (True,)) -> tuple[bool, ...]:

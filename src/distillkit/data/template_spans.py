@@ -119,12 +119,20 @@ def _rewritten(messages: Sequence[Message], index: int, tokenizer: Tokenizer, or
 def _end_of_turn(turn: str, content: str, ends: Sequence[str]) -> int:
     """The end of an assistant's turn in its rendered text: after the first end-of-turn token that follows the content.
 
-    If the template trimmed the content, it is searched without outer whitespace; if rewritten, it is not searched.
+    If the template trimmed the content, it is searched without outer whitespace; if rewritten, it is not searched. A
+    content that ends with an end-of-turn token of its own ends the turn there.
     """
     rendered = content if content in turn else content.strip()
-    after = turn.find(rendered) + len(rendered) if rendered in turn else 0
+    after = turn.find(rendered) + len(_without_ends(rendered, ends)) if rendered in turn else 0
     spans = [(start, start + len(end)) for end in ends if end and (start := turn.find(end, after)) >= 0]
     return min(spans)[1] if spans else len(turn.rstrip())
+
+
+def _without_ends(content: str, ends: Sequence[str]) -> str:
+    """A content without the end-of-turn tokens at its end, and the whitespace between them."""
+    text = content.rstrip()
+    end = next((end for end in ends if end.strip() and text.endswith(end)), None)
+    return content if end is None else _without_ends(text.removesuffix(end), ends)
 
 
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:

@@ -7,4 +7,5 @@ from .student import Lora as Lora
 from .student import Student as Student
 from .tokenizers import eos_ids as eos_ids
 from .tokenizers import load_tokenizer as load_tokenizer
+from .tokenizers import num_ids as num_ids
 from .tokenizers import require_same as require_same

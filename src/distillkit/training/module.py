@@ -23,6 +23,7 @@ from distillkit.models.capabilities import capabilities
 from distillkit.models.loading import records_graphs
 from distillkit.models.scoring import score, share_vocab, side_by_side
 from distillkit.models.student import Student
+from distillkit.models.tokenizers import num_ids
 from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
@@ -232,7 +233,7 @@ class DistillModule(Part, PortableModule):
         capabilities(self.student, f"student {self.student_spec.source}")
         if self.teacher is not None:
             self.teacher.setup(device)
-        self._vocab = share_vocab(self.student, self.same_vocab_teacher, len(self.tokenizer), log)
+        self._vocab = share_vocab(self.student, self.same_vocab_teacher, num_ids(self.tokenizer), log)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with the learning-rate schedule."""

@@ -16,7 +16,7 @@ from distillkit.generators.texts import decoded
 from distillkit.interfaces import Generator
 from distillkit.models.modes import evaluating
 from distillkit.models.structure import base_model
-from distillkit.models.tokenizers import eos_ids
+from distillkit.models.tokenizers import eos_ids, num_ids
 from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class SpeculativeGenerator(Generator):
     def _generate_batch(self, prompts: list[Prompt], round_index: int, sampling: Sampling) -> list[SpeculativeResult]:
         teacher, student = self._models["teacher"], self._models["student"]
         drafting = Drafting(
-            student, teacher, len(self._tokenizer), self.rule, self.block, self._eos, sampling, self.acceptance
+            student, teacher, num_ids(self._tokenizer), self.rule, self.block, self._eos, sampling, self.acceptance
         )
         width = max(len(prompt.input_ids) for prompt in prompts)
         ids = torch.tensor([[0] * (width - len(prompt.input_ids)) + list(prompt.input_ids) for prompt in prompts])
@@ -125,7 +125,7 @@ class SpeculativeGenerator(Generator):
 
     def _response(self, prompt: Prompt, result: SpeculativeResult) -> Response:
         tokens = result.tokens
-        text = decoded(self._tokenizer, tokens, self._eos)
+        text = decoded(self._tokenizer, tokens, self._eos, prompt)
         finish: Literal["stop", "length"] = "stop" if tokens[-1] in self._eos else "length"
         return Response(prompt.id, tuple(tokens), text, finish, tuple(result.log_probs))
 
