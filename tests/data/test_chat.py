@@ -263,36 +263,6 @@ def test_plain_text_starts_with_the_tokenizers_own_first_token_and_not_with_its_
     assert written(prompt, tok) == ["\nfour</s>"]
 
 
-def test_plain_text_that_begins_and_ends_with_special_tokens_gets_no_second_ones():
-    tok = tokenizer()
-    first, last = ids(tok, "<s>", "</s>")
-    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", first)]
-    )
-    rendered = "<s><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
-
-    prompt = encode(record(rendered, "four</s>"), tok, (last,), chat=False)
-
-    assert tok.decode(prompt.input_ids) == rendered
-    assert tok.decode(prompt.reference_ids) == f"{rendered}four</s>"
-    assert written(prompt, tok) == ["four</s>"]
-    for text in ("four", "four</s>"):
-        assert tok.decode(encode_response(prompt, text, True, tok, (last,))) == "four</s>"
-
-
-@pytest.mark.parametrize("answer", ["four<|im_end|>", "four<|im_end|>\n", "four<|im_end|><|im_end|>"])
-def test_an_answer_that_has_its_end_of_turn_already_ends_there(answer):
-    tok = tokenizer(CHATML)
-    ends = ids(tok, "<|im_end|>")
-
-    prompt = encode(record("What?", answer, "And?", answer), tok, ends, chat=True)
-
-    assert written(prompt, tok) == ["four<|im_end|>", "four<|im_end|>"]
-    assert tok.decode(encode_response(encode(record("What?"), tok, ends, True), answer, True, tok, ends)) == (
-        "four<|im_end|>"
-    )
-
-
 def sentencepiece_like():
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Metaspace()  # each text starts with a space of its own
