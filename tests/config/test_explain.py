@@ -126,6 +126,17 @@ def test_a_wrong_argument_is_named(
             "model.loss.beta.constant must be a number, got x.",
         ),
         ("model: {loss: SkewLK}", "model.loss: No installed loss is named 'SkewLK'. Similar names: SkewKL."),
+        ("model: {student: ./student}", "model.student must be the name of a part, got ./student."),
+        ("model: {teacher: ./teacher}", "model.teacher must be the name of a part or null, got ./teacher."),
+        ("data: {test: {limit: 2}}", "data.test.path must be set, in a config file or on the command line."),
+        (
+            "model: {student: {revision: 12e4567}}",
+            "model.student.revision must be a text or null, got inf. Put it in quotes.",
+        ),
+        (
+            "data: {train: {path: x.jsonl, prompt_column: no}}",
+            "data.train.prompt_column must be a text, got False. Put it in quotes.",
+        ),
         ("model:", "model must be a mapping of settings, got None. Leave it out to set none."),
         ("data: [1]", "data must be a mapping of settings, got [1]. Leave it out to set none."),
         ("trainer:", "trainer must be a mapping of settings, got None. Leave it out to set none."),
@@ -234,3 +245,14 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path, models: Path, capsys:
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fitt"]) == 2
     assert "fit, curate, validate, test, evaluate, export, compare, store, plugins" in capsys.readouterr().err
+
+
+def test_an_argument_sets_something_of_a_source_that_a_file_names_by_its_path_alone(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.yaml").write_text("data: {train: some.jsonl}")
+    arguments = ["--config", str(tmp_path / "train.yaml"), "--data.train.limit=4", "--data.train.split", "test"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.student.source=x", "--model.loss=CrossEntropy", *arguments, "--print_config"])
+    source = yaml.safe_load(capsys.readouterr().out)["data"]["train"]["init_args"]
+    assert (source["path"], source["limit"], source["split"]) == ("some.jsonl", 4, "test")

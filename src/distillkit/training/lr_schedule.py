@@ -1,7 +1,9 @@
 """Learning-rate schedules: warm-up, then constant, linear or cosine; or a scheduler of torch."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distillkit.errors import ConfigError, check_range
+from distillkit.errors import ConfigError, check_range, one_line
 
 Shape = Literal["constant", "linear", "cosine"]
 
@@ -41,17 +43,40 @@ def check_warmup(warmup: float | None, schedule: Shape | LRSchedulerCallable) ->
 
 
 def check_schedule(optimizer: OptimizerCallable, schedule: Shape | LRSchedulerCallable) -> None:
-    """Makes the scheduler for a parameter that is thrown away, so that a wrong one is refused before models are loaded.
+    """Makes optimizer and scheduler for a parameter that is thrown away: wrong ones are refused before any model.
 
     Args:
         optimizer: A factory of the optimizer.
         schedule: A shape, or a factory of a scheduler.
 
     Raises:
-        ConfigError: If the factory returns no scheduler, or one that waits for a metric.
+        ConfigError: If a factory refuses its settings or returns something else, or the scheduler waits for a metric or
+            can't take a step.
     """
+    with _settings_of("model.optimizer"):
+        made = optimizer([nn.Parameter(torch.zeros(1, 1))])
     if callable(schedule):
-        make_scheduler(schedule, optimizer([nn.Parameter(torch.zeros(1, 1))]))
+        with _settings_of("model.lr_schedule"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no optimizer step comes before those of the scheduler
+            scheduler = make_scheduler(schedule, made)
+            limit = getattr(scheduler, "total_steps", None)
+            for _ in range(min(_TRIAL_STEPS, limit) if isinstance(limit, int) else _TRIAL_STEPS):
+                scheduler.step()
+
+
+_TRIAL_STEPS = 2
+
+
+@contextmanager
+def _settings_of(name: str) -> Iterator[None]:
+    """Turns what torch raises for wrong settings of an optimizer or a scheduler into one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # of any class of optimizers: it may raise anything
+        reason = one_line(f"{type(error).__name__}: {error}").rstrip(".")
+        raise ConfigError(f"{name} can't work with its settings ({reason}). Correct them.") from error
 
 
 def make_scheduler(schedule: LRSchedulerCallable, optimizer: Optimizer) -> LRScheduler:
@@ -85,9 +110,18 @@ def with_schedule(
         warmup: Fraction of the steps over which the learning rate grows from 0, in [0, 1).
         total: Optimizer steps of the whole run; or, if their number is not known, a function from the steps done to the
             fraction of the run that is done.
+
+    Raises:
+        ConfigError: If the scheduler ends before the run.
     """
     if callable(schedule):
         scheduler = make_scheduler(schedule, optimizer)
+        limit = getattr(scheduler, "total_steps", None)
+        if isinstance(limit, int) and isinstance(total, int) and limit < total:
+            raise ConfigError(
+                f"model.lr_schedule: {type(scheduler).__name__} ends after {limit} steps (total_steps), and the run "
+                f"takes {total} optimizer steps. Set total_steps to {total}."
+            )
     elif callable(total):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(schedule, warmup, total(step)))
     else:

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from distillkit.callbacks import Answers, Budget, Export, FiniteLoss, RunCheckpoint, Throughput  # noqa: F401
 from distillkit.config.command import Command
 from distillkit.config.explain import explain
-from distillkit.config.files import Config, MergedConfig, load_all, require_mapping, split_arguments
+from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, load_all, require_mapping, split_arguments
 from distillkit.config.parts import import_parts
 from distillkit.devices.precision import default_device, has_native_matmul
 from distillkit.errors import ConfigError, DistillKitError, check_range
@@ -109,6 +109,10 @@ def launch_merged(
         require_mapping(config, key)
     # A saved configuration contains these keys, which not every verb accepts: null values are dropped.
     content = {key: value for key, value in adapt(config.content).items() if value is not None or key not in _FIT_ONLY}
+    for key in SOURCES:  # an argument below a path sets something else of that source
+        data = content.get("data")
+        if isinstance(data, dict) and any(argument.startswith(f"--data.{key}.") for argument in arguments):
+            content["data"] = {**data, **({key: as_source(data[key])} if key in data else {})}
     command = Command(MergedConfig(content, config.files), tuple(arguments), roots)
     import_parts(command)
     return cli(command, [verb, *arguments], trainer_class, save_config_callback)
