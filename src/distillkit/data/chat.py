@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from distillkit.data.records import Invalid
-from distillkit.data.template_spans import Ids, assistant_spans, decode, render, tokenise, tokenise_cut, turn_span
+from distillkit.data.template_spans import (
+    Ids,
+    assistant_spans,
+    decode,
+    render,
+    tokenise,
+    tokenise_cut,
+    turn_span,
+    unprompted_start,
+)
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Message, Prompt, Record, Tokenizer
 
@@ -53,19 +62,25 @@ class EncodeReport:
 
 
 def require_chat_template(tokenizer: Tokenizer, chat: bool) -> None:
-    """Refuses chat prompts for a tokenizer without a chat template.
+    """Refuses chat prompts for a tokenizer without a chat template, or with one that does not begin an answer.
 
     Args:
         tokenizer: A transformers tokenizer.
         chat: Whether prompts go through the template.
 
     Raises:
-        ModelError: If `chat` is True and there is none.
+        ModelError: If `chat` is True and there is no such template.
     """
     if chat and not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer {tokenizer.name_or_path} has no chat template: set `data.chat: false` for plain-text "
             "prompts, or give the student a template with `model.student.chat_template`."
+        )
+    if chat and (start := unprompted_start(tokenizer)):
+        raise ModelError(
+            f"The chat template of {tokenizer.name_or_path} writes {start!r} before an answer, but not at the end of a "
+            "prompt (`add_generation_prompt`): answers would begin with it. Correct the template, or choose another "
+            "with `model.student.chat_template`."
         )
 
 

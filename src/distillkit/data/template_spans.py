@@ -97,14 +97,34 @@ def template_end(tokenizer: Tokenizer) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+    text = _sample(tokenizer, 2)
+    if text is None:
         return None
     after = text.rpartition(_ANSWER)[2].lstrip()
     added = {token: token_id for token, token_id in tokenizer.get_added_vocab().items() if after.startswith(token)}
     return added[max(added, key=len)] if added else None
+
+
+def unprompted_start(tokenizer: Tokenizer) -> str:
+    """What the chat template writes before an assistant's answer and leaves out at the end of a prompt.
+
+    Returns:
+        Such as `<|im_start|>assistant`, for a template that does not know `add_generation_prompt`; otherwise empty.
+    """
+    prompt, prompted, answered = (_sample(tokenizer, *arguments) for arguments in ((1,), (1, True), (2,)))
+    if prompt is None or prompt != prompted or answered is None or not answered.startswith(prompt):
+        return ""
+    return answered[len(prompt) :].partition(_ANSWER)[0].strip()
+
+
+def _sample(tokenizer: Tokenizer, turns: int, generation_prompt: bool = False) -> str | None:
+    """A question, and its answer if there are two turns, in the chat template; None if it refuses them."""
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}][:turns]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+        return None
+    return text
 
 
 def _rewritten(messages: Sequence[Message], index: int, tokenizer: Tokenizer, origin: str) -> DataError:
