@@ -256,3 +256,22 @@ def test_an_argument_sets_something_of_a_source_that_a_file_names_by_its_path_al
         main(["fit", "--model.student.source=x", "--model.loss=CrossEntropy", *arguments, "--print_config"])
     source = yaml.safe_load(capsys.readouterr().out)["data"]["train"]["init_args"]
     assert (source["path"], source["limit"], source["split"]) == ("some.jsonl", 4, "test")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{path: a.jsonl, split: test}",
+            "Source.split and Source.hub_config choose within a hub dataset, but a.jsonl is",
+        ),
+        ("{path: a.jsonl, limit: 0}", "Source.limit must be at least 1 (null reads all rows), got 0."),
+        ("{path: []}", "Source.path is an empty list: name at least one file."),
+    ],
+)
+def test_what_a_source_refuses_is_one_line_though_a_source_may_also_be_a_path(
+    source: str, message: str, tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "faulty.yaml"
+    path.write_text(f"data: {{train: {source}}}")
+    assert run(tmp_path, models, capsys, "--config", str(path)).startswith(f"distillkit fit: error: {message}")

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 from distillkit.data.chat import encode
 from distillkit.generators.texts import as_response, decoded
 from distillkit.types import Record
-from helpers.models import END_ID, tiny_tokenizer
+from helpers.models import END, END_ID, tiny_tokenizer
 
 
 def sentencepiece_like():
@@ -49,3 +49,12 @@ def test_a_response_cut_within_a_character_ends_before_it(chat):
     for cut in (1, 2):
         assert decoded(tokenizer, ids[:-cut], (END_ID,), prompt).rstrip() == "Four"
     assert as_response(prompt, "Four €", True, tokenizer, (END_ID,), len(ids) - 1).text.rstrip() == "Four"
+
+
+def test_an_answer_of_a_server_that_shows_its_end_or_half_of_a_character_is_without_it():
+    tokenizer = tiny_tokenizer()
+    prompt = prompt_of(tokenizer, "What?", chat=True)
+    ended = as_response(prompt, f"Four.{END}", True, tokenizer, (END_ID,), 50)
+    assert (ended.text, tokenizer.decode(ended.token_ids)) == ("Four.", f"Four.{END}")
+    cut = as_response(prompt, "Four \N{REPLACEMENT CHARACTER}", False, tokenizer, (END_ID,), 50)
+    assert (cut.text, tokenizer.decode(cut.token_ids), cut.finish) == ("Four", "Four ", "length")

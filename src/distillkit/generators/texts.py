@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from distillkit.data.chat import encode_response, is_plain_text
+from distillkit.data.template_spans import decode
 from distillkit.types import Prompt, Response, Tokenizer
 
 
@@ -64,11 +65,13 @@ def as_response(
     Raises:
         DataError: If the chat template can't represent the answer or its reasoning.
     """
+    text = text if ended else text.rstrip(_PART_OF_CHARACTER)
     ids = encode_response(prompt, text, ended, tokenizer, eos_ids, reasoning)
     is_cut = len(ids) > limit
     if is_cut:
         ids, ended = ids[:limit], False
-    if is_cut or reasoning:
+    has_end = any(text.rstrip().endswith(decode(tokenizer, [token])) for token in eos_ids)
+    if is_cut or reasoning or has_end:
         text = decoded(tokenizer, ids, eos_ids, prompt)
     text = text if is_plain_text(prompt, tokenizer) else text.strip()
     return Response(prompt.id, ids, text, "stop" if ended else "length")

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import time
 import warnings
 from argparse import ArgumentError
@@ -251,7 +252,7 @@ class DistillCLI(LightningCLI):
         """Builds the parts; an error that a part raises about its settings is passed on unchanged."""
         try:
             super().instantiate_classes()
-        except ValueError as error:  # from jsonargparse, about a setting that may also be null
+        except ValueError as error:  # from jsonargparse, about a setting that may also be of another type
             raise _distillkit_cause(error) from None
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
@@ -340,11 +341,22 @@ def _explained(command: Command) -> Iterator[None]:
 
 
 def _distillkit_cause(error: Exception) -> Exception:
-    """The `DistillKitError` that caused `error`; `error` itself if there is none."""
+    """The `DistillKitError` that caused `error`; `error` itself if there is none.
+
+    Of a setting of several types, jsonargparse passes on the error of the first type, and the others' as text.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, DistillKitError):
         cause = cause.__cause__ or cause.__context__
-    return error if cause is None else cause
+    if cause is not None or not str(error).startswith("Does not validate against any of the Union subtypes"):
+        return error if cause is None else cause
+    lines = (line.strip() for line in str(error).splitlines())
+    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and not _OF_TYPE.match(line)]
+    return ConfigError("; ".join(dict.fromkeys(reasons))) if reasons else error
+
+
+_OF_TYPE = re.compile(r"- (Expected|Unexpected|Not a valid|Problem with|Import path|Does not validate)")
+"""What jsonargparse says of a value that is of another type."""
 
 
 def _runnable_precision(accelerator: object, precision: object) -> dict[str, str]:
