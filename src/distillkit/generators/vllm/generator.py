@@ -264,7 +264,7 @@ class VLLMGenerator(Generator):
             with vllm_engine.undisturbed():
                 outputs = self._llm.generate(inputs, params, use_tqdm=False) if inputs else []
             responses = [
-                self._response(prompt.id, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
+                self._response(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
             ]
             advance(len(responses), sum(len(response.token_ids) for response in responses))
         self._log_acceptance()
