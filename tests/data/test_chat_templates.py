@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.data.chat import encode, encode_all, encode_response
+from distillkit.data.chat import encode, encode_all, encode_response, require_chat_template
 from distillkit.data.chat_templates import (
     check_template,
     prints_date,
@@ -17,7 +17,7 @@ from distillkit.data.chat_templates import (
 )
 from distillkit.data.records import Record
 from distillkit.data.template_spans import template_end
-from distillkit.errors import ConfigError, DataError
+from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.models.tokenizers import eos_ids, fingerprint, set_template
 from helpers.models import CHAT_TEMPLATE, END_ID, tiny_tokenizer
 
@@ -336,3 +336,23 @@ def test_conversations_of_a_template_with_an_end_besides_the_tokenizers_are_enco
     prompts, report = encode_all(rows, tok, eos_ids(tok, None), True, None, 512, "error")
     assert [trained_texts(prompt, tok) for prompt in prompts] == [["one<|end|>", "two<|end|>"], ["three<|end|>"]]
     assert str(report) == "2 prompts"
+
+
+def test_a_template_that_does_not_begin_an_answer_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.name_or_path = "some/model"
+    require_chat_template(tokenizer, True)
+    tokenizer.chat_template = tokenizer.chat_template.partition("{% if add_generation_prompt")[0]
+    message = r"of some/model writes '<\|im_start\|>assistant' before an answer, but not at the end of a prompt"
+    with pytest.raises(ModelError, match=message):
+        require_chat_template(tokenizer, True)
+    require_chat_template(tokenizer, False)
+
+
+def test_a_template_that_puts_nothing_before_an_answer_needs_no_prompt_for_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # as Llama 2 and Mistral
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+    )
+    require_chat_template(tokenizer, True)

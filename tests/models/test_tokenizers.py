@@ -11,7 +11,17 @@ from distillkit.generators.transformers import TransformersGenerator
 from distillkit.models.checkpoint import read_tokenizer
 from distillkit.models.tokenizers import eos_ids, fingerprint, load_tokenizer, require_same, vocab_size
 from distillkit.types import Prompt, Prompts, Sampling
-from helpers.models import CHAT_TEMPLATE, END, END_ID, START_ID, save_tiny, tiny_model, tiny_tokenizer
+from helpers.models import (
+    CHAT_TEMPLATE,
+    END,
+    END_ID,
+    GAPPED_END_ID,
+    START_ID,
+    gapped_tokenizer,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 def renamed(tokenizer, old, new):
@@ -170,3 +180,11 @@ def test_a_fingerprint_names_the_vocabulary_and_the_chat_template(tmp_path):
     other.chat_template = "{{ messages }}"
     found = {fingerprint(one) for one in (loaded, other, tiny_tokenizer(330), renamed(tiny_tokenizer(), "~", "ÿÿ"))}
     assert len(found) == 4
+
+
+def test_ids_are_counted_over_the_gaps_of_a_vocabulary():
+    gapped = gapped_tokenizer()
+    assert (len(gapped), gapped.eos_token_id, vocab_size(gapped)) == (320, GAPPED_END_ID, GAPPED_END_ID + 1)
+    gapped.add_tokens(["<extra>"])
+    assert vocab_size(gapped) == max(gapped.get_vocab().values()) + 1
+    assert vocab_size(tiny_tokenizer()) == len(tiny_tokenizer())

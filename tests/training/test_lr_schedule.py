@@ -27,6 +27,7 @@ from distillkit.cli.main import main
 from distillkit.curators.single import DatasetCurator
 from distillkit.errors import ConfigError
 from distillkit.losses import CrossEntropy
+from distillkit.training.lr_schedule import check_schedule
 from helpers.runs import QUIET, save_models, write_config, write_prompts
 
 ADAM = functools.partial(torch.optim.AdamW, lr=1.0)
@@ -187,3 +188,24 @@ def test_a_wrong_schedule_is_refused_in_one_line(
     assert error.count("\n") == 1
     assert message in error
     assert "typing" not in error
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "message"),
+    [
+        (functools.partial(torch.optim.AdamW, lr=-1.0), "cosine", r"model.optimizer .* Invalid learning rate: -1.0"),
+        (functools.partial(torch.optim.AdamW, betas=(0.9, 1.5)), "cosine", r"model.optimizer .* Invalid beta"),
+        (functools.partial(torch.optim.SGD, lr=0.1, nesterov=True), "cosine", r"model.optimizer .* Nesterov momentum"),
+        (ADAM, functools.partial(StepLR, step_size=0), r"model.lr_schedule .*ZeroDivisionError"),
+        (ADAM, functools.partial(CosineAnnealingLR, T_max=0), r"model.lr_schedule .*ZeroDivisionError"),
+        (ADAM, functools.partial(OneCycleLR, max_lr=1.0, total_steps=0), r"model.lr_schedule .*positive"),
+    ],
+)
+def test_settings_that_torch_refuses_are_one_line_before_a_model_is_loaded(optimizer, schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        check_schedule(optimizer, schedule)
+
+
+def test_a_cycle_of_as_many_steps_as_the_run_comes_to_its_end(folder, tmp_path):
+    rates = fit(folder, tmp_path / "exact", lr_schedule=functools.partial(OneCycleLR, max_lr=1.0, total_steps=4))
+    assert len(rates) == 4

@@ -18,6 +18,7 @@ from distillkit.data.template_spans import (
     tokenise,
     tokenise_cut,
     turn_span,
+    unprompted_start,
 )
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Message, Prompt, Record, Tokenizer
@@ -67,19 +68,25 @@ class EncodeReport:
 
 
 def require_chat_template(tokenizer: Tokenizer, chat: bool) -> None:
-    """Refuses chat prompts for a tokenizer without a chat template.
+    """Refuses chat prompts for a tokenizer without a chat template, or with one that does not begin an answer.
 
     Args:
         tokenizer: A transformers tokenizer.
         chat: Whether prompts go through the template.
 
     Raises:
-        ModelError: If `chat` is True and there is none.
+        ModelError: If `chat` is True and there is no such template.
     """
     if chat and not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer {tokenizer.name_or_path} has no chat template: set `data.chat: false` for plain-text "
             "prompts, or give the student a template with `model.student.chat_template`."
+        )
+    if chat and (start := unprompted_start(tokenizer)):
+        raise ModelError(
+            f"The chat template of {tokenizer.name_or_path} writes {start!r} before an answer, but not at the end of a "
+            "prompt (`add_generation_prompt`): answers would begin with it. Correct the template, or choose another "
+            "with `model.student.chat_template`."
         )
 
 
@@ -242,7 +249,19 @@ def encode_response(
     if turn:
         joined, bounds = tokenise_cut(before + turn, [len(before), len(before) + len(turn)], tokenizer, origin)
         ids = joined[bounds[0] :]
-    return (*ids, eos_ids[0]) if ended and not is_chat else ids
+    return _ended(ids, eos_ids) if ended and not is_chat else ids
+
+
+def is_plain_text(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+    """True if the prompt's tokens are its text, and not its messages in a chat template.
+
+    Args:
+        prompt: The prompt, from `encode` with the same tokenizer.
+        tokenizer: A transformers tokenizer.
+    """
+    if len(prompt.messages) != 1:
+        return False
+    return not tokenizer.chat_template or decode(tokenizer, prompt.input_ids).endswith(prompt.messages[0]["content"])
 
 
 def _is_rendered(prompt: Prompt, tokenizer: Tokenizer, origin: str) -> bool:
@@ -292,14 +311,23 @@ def _encode_plain(messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Id
         )
     text = prompt + messages[1]["content"]
     ids, bounds = tokenise_cut(text, [len(prompt), len(text)], tokenizer, origin)
-    bounds_of_response = len(first) + bounds[0], len(first) + bounds[1] + 1
-    return input_ids, (*first, *ids, eos_ids[0]), _mask(bounds_of_response)
+    reference_ids = (*first, *_ended(ids, eos_ids))
+    return input_ids, reference_ids, _mask((len(first) + bounds[0], len(reference_ids)))
+
+
+def _ended(ids: Ids, eos_ids: Ids) -> Ids:
+    """The tokens of a response with an end of turn, which its text may contain already."""
+    return ids if ids and ids[-1] in eos_ids else (*ids, eos_ids[0])
 
 
 def _first_ids(text: str, tokenizer: Tokenizer) -> Ids:
-    """The special tokens that the tokenizer adds before a text; those it adds after the text are ignored."""
+    """The special tokens that the tokenizer adds before a text, unless the text begins with them.
+
+    Those that it adds after the text are ignored.
+    """
     ids, bare = tuple(tokenizer(text, verbose=False)["input_ids"]), tokenise(tokenizer, [text])[0]
-    return next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
+    first: Ids = next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
+    return () if bare[: len(first)] == first else first
 
 
 def _mask(bounds: Sequence[int], trained: Sequence[bool] = (True,)) -> tuple[bool, ...]:

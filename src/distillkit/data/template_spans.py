@@ -107,11 +107,8 @@ def turn_span(
     """The conversation rendered up to the assistant's turn `index`, and where that turn starts and ends in it."""
     before = render(messages[:index], tokenizer, True, origin)
     until = render(messages[: index + 1], tokenizer, False, origin)
-    turn, content, reasoning = (
-        until[len(before) :],
-        messages[index]["content"],
-        messages[index].get("reasoning_content"),
-    )
+    turn, reasoning = until[len(before) :], messages[index].get("reasoning_content")
+    content = _without_ends(messages[index]["content"], ends)  # one of its own is the end of the turn
     start = 0
     if reasoning:
         if reasoning.strip() not in turn:
@@ -148,16 +145,36 @@ def template_end(tokenizer: Tokenizer) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+    text = _sample(tokenizer, 2)
+    if text is None:
         return None
     if _ANSWER not in text:  # as templates of content in parts, which write nothing of a text
         return None
     after = text.rpartition(_ANSWER)[2].lstrip()
     added = {token: token_id for token, token_id in tokenizer.get_added_vocab().items() if after.startswith(token)}
     return added[max(added, key=len)] if added else None
+
+
+def unprompted_start(tokenizer: Tokenizer) -> str:
+    """What the chat template writes before an assistant's answer and leaves out at the end of a prompt.
+
+    Returns:
+        Such as `<|im_start|>assistant`, for a template that does not know `add_generation_prompt`; otherwise empty.
+    """
+    prompt, prompted, answered = (_sample(tokenizer, *arguments) for arguments in ((1,), (1, True), (2,)))
+    if prompt is None or prompt != prompted or answered is None or not answered.startswith(prompt):
+        return ""
+    return answered[len(prompt) :].partition(_ANSWER)[0].strip()
+
+
+def _sample(tokenizer: Tokenizer, turns: int, generation_prompt: bool = False) -> str | None:
+    """A question, and its answer if there are two turns, in the chat template; None if it refuses them."""
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}][:turns]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+        return None
+    return text
 
 
 def _rewritten(messages: Sequence[Message], index: int, tokenizer: Tokenizer, origin: str) -> DataError:
@@ -194,6 +211,13 @@ def _end_of_turn(turn: str, after: int, ends: Sequence[str]) -> int:
     """The end of an assistant's turn in its rendered text: after the first end-of-turn token that follows `after`."""
     spans = [(start, start + len(end)) for end in ends if end and (start := turn.find(end, after)) >= 0]
     return min(spans)[1] if spans else len(turn.rstrip())
+
+
+def _without_ends(content: str, ends: Sequence[str]) -> str:
+    """A content without the end-of-turn tokens at its end, and the whitespace between them."""
+    text = content.rstrip()
+    end = next((end for end in ends if end.strip() and text.endswith(end)), None)
+    return content if end is None else _without_ends(text.removesuffix(end), ends)
 
 
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:

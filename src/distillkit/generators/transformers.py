@@ -143,7 +143,7 @@ class TransformersGenerator(Generator):
         capabilities(self._model).positions.check(prompt + new_tokens, type(base_model(self._model)).__name__, what)
 
     def _response(self, prompt: Prompt, row: _Row) -> Response:
-        text = decoded(self._tokenizer, row.tokens, self._eos)
+        text = decoded(self._tokenizer, row.tokens, self._eos, prompt)
         finish: Literal["stop", "length"] = "stop" if row.ended else "length"
         return Response(prompt.id, tuple(row.tokens), text, finish, tuple(row.log_probs))
 

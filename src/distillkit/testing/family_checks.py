@@ -237,7 +237,7 @@ class _Ids:
     chat_template = None
 
     def get_vocab(self) -> dict[str, int]:
-        return {str(index): index for index in range(VOCAB)}
+        return {str(token_id): token_id for token_id in range(VOCAB)}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return " ".join(map(str, ids))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -43,23 +44,29 @@ def check_warmup(warmup: float | None, schedule: Shape | LRSchedulerCallable) ->
 
 
 def check_schedule(optimizer: OptimizerCallable, schedule: Shape | LRSchedulerCallable) -> None:
-    """Makes the scheduler for a parameter that is thrown away, so that a wrong one is refused before models are loaded.
+    """Makes optimizer and scheduler for a parameter that is thrown away: wrong ones are refused before any model.
 
     Args:
         optimizer: A factory of the optimizer.
         schedule: A shape, or a factory of a scheduler.
 
     Raises:
-        ConfigError: If the factory returns no scheduler, or one that waits for a metric; if the optimizer or the
-            scheduler refuses its settings, or can't be saved.
+        ConfigError: If the optimizer can't work; if the factory of a scheduler returns none, or one that waits for a
+            metric; if the scheduler refuses its settings, can't be saved, or can't take a step.
     """
-    if not callable(schedule):
-        return
     try:
         trial = make_optimizer(optimizer, nn.Linear(1, 1, bias=False))
     except LookupError:  # it selects parameters of the student, which is not loaded yet
         return
-    make_scheduler(schedule, trial)
+    if not callable(schedule):
+        return
+    scheduler = make_scheduler(schedule, trial)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no optimizer step comes before it
+            scheduler.step()
+    except ArithmeticError as error:
+        raise ConfigError(f"model.lr_schedule can't take a step: {type(error).__name__}: {error}") from error
 
 
 def make_scheduler(schedule: LRSchedulerCallable, optimizer: Optimizer) -> LRScheduler:
@@ -73,6 +80,8 @@ def make_scheduler(schedule: LRSchedulerCallable, optimizer: Optimizer) -> LRSch
         scheduler = schedule(optimizer)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.lr_schedule can't be made: {error}") from error
+    except ArithmeticError as error:
+        raise ConfigError(f"model.lr_schedule can't be made: {type(error).__name__}: {error}") from error
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigError(
             "model.lr_schedule can't be ReduceLROnPlateau: it waits for a metric, and the learning rate is set after "

@@ -72,7 +72,7 @@ def make_optimizer(factory: OptimizerCallable, model: nn.Module) -> Optimizer:
         raise ConfigError("The student has no parameter that is trained: all are frozen. Call module.unfreeze().")
     try:
         optimizer = factory(parameters)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"model.optimizer can't be made: {error}") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"model.optimizer must return an optimizer of torch, got {type(optimizer).__name__}.")

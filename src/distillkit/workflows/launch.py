@@ -24,10 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from distillkit.callbacks import Answers, Budget, Export, FiniteLoss, RunCheckpoint, Throughput  # noqa: F401
 from distillkit.config.command import Command
 from distillkit.config.explain import explain
-from distillkit.config.files import Config, MergedConfig, load_all, require_mapping, split_arguments
+from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, load_all, require_mapping, split_arguments
 from distillkit.config.parts import import_parts
 from distillkit.devices.precision import default_device, has_native_matmul
-from distillkit.errors import ConfigError, DistillKitError, check_range
+from distillkit.errors import ConfigError, check_range
 from distillkit.run_folder import CONFIG, CSV_LOGS, FITTED, RUN_LOG, SCHEDULES, TENSORBOARD_LOGS
 from distillkit.storage.atomic import atomic_path, write_atomically
 from distillkit.storage.checkpoint_io import use_atomic_checkpoints
@@ -41,7 +41,7 @@ from distillkit.workflows.refusals import (
     enabled_callbacks,
     explained_run,
     explained_trainer,
-    refused_by_class,
+    reason_of,
 )
 from distillkit.workflows.signals import SignalCallback
 from distillkit.workflows.tensorboard import RunTensorBoardLogger
@@ -115,6 +115,10 @@ def launch_merged(
         require_mapping(config, key)
     # A saved configuration contains these keys, which not every verb accepts: null values are dropped.
     content = {key: value for key, value in adapt(config.content).items() if value is not None or key not in _FIT_ONLY}
+    for key in SOURCES:  # an argument below a path sets something else of that source
+        data = content.get("data")
+        if isinstance(data, dict) and any(argument.startswith(f"--data.{key}.") for argument in arguments):
+            content["data"] = {**data, **({key: as_source(data[key])} if key in data else {})}
     command = Command(MergedConfig(content, config.files), tuple(arguments), roots)
     import_parts(command)
     return cli(command, [verb, *arguments], trainer_class, save_config_callback)
@@ -268,8 +272,8 @@ class DistillCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:  # from jsonargparse, about a setting that may also be null
-            raise _cause(error) from None
+        except ValueError as error:  # from jsonargparse, about a setting that may also be of another type
+            raise reason_of(error) from None
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """The trainer, with CSV and TensorBoard logs in the run's folder unless other loggers are configured."""
@@ -357,20 +361,6 @@ def _explained(command: Command) -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise ConfigError(explain(str(error), command)) from None
-
-
-def _cause(error: Exception) -> BaseException:
-    """The reason why a class was not made: the `DistillKitError` that caused `error`, or what the class says itself.
-
-    `error` is returned if there is none, such as for a fault of the class.
-    """
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    raised = next((cause for cause in causes if isinstance(cause, DistillKitError)), None)
-    if raised is not None:
-        return raised
-    return refused_by_class(causes[-1]) or error
 
 
 def _runnable_precision(accelerator: object, precision: object) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Errors of Lightning and of other ranks as one line, and settings of the trainer that contradict its callbacks."""
 
 import logging
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from distillkit.devices.distributed import rank, world_size
-from distillkit.errors import ConfigError, TrainingError
+from distillkit.errors import ConfigError, DistillKitError, TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +98,33 @@ def check_launcher(trainer: Trainer) -> None:
             "trainer.strategy: ddp_spawn can't be used on the command line, since its processes do not get the "
             "configuration. Use ddp."
         )
+
+
+_OF_TYPE = re.compile(r"- (Expected|Unexpected|Not a valid|Problem with|Import path|Does not validate)")
+"""What jsonargparse says of a value that is of another type."""
+
+
+def reason_of(error: Exception) -> BaseException:
+    """The reason why a class was not made: the `DistillKitError` that caused `error`, or what the class says itself.
+
+    Of a setting of several types, jsonargparse passes on the error of the first type, and the others' as text. `error`
+    is returned if there is no reason, such as for a fault of the class.
+
+    Args:
+        error: What jsonargparse raised.
+    """
+    if str(error).startswith("Does not validate against any of the Union subtypes"):
+        lines = (line.strip() for line in str(error).splitlines())
+        reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and not _OF_TYPE.match(line)]
+        if reasons:
+            return ConfigError("; ".join(dict.fromkeys(reasons)))
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    raised = next((cause for cause in causes if isinstance(cause, DistillKitError)), None)
+    if raised is not None:
+        return raised
+    return refused_by_class(causes[-1]) or error
 
 
 def refused_by_class(error: BaseException) -> ConfigError | None:

@@ -126,7 +126,7 @@ class SpeculativeGenerator(Generator):
 
     def _response(self, prompt: Prompt, result: SpeculativeResult) -> Response:
         tokens = result.tokens
-        text = decoded(self._tokenizer, tokens, self._eos)
+        text = decoded(self._tokenizer, tokens, self._eos, prompt)
         finish: Literal["stop", "length"] = "stop" if tokens[-1] in self._eos else "length"
         return Response(prompt.id, tuple(tokens), text, finish, tuple(result.log_probs))
 

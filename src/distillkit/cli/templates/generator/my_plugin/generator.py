@@ -70,7 +70,7 @@ class MyPlugin(Generator):
             logits = output.logits[0, -1, : vocab_size(self._tokenizer)].float().cpu()
             tokens.append(self._sample(logits, sampling.temperature, random))
             log_probs.append(float(logits.log_softmax(-1)[tokens[-1]]))
-        text = decoded(self._tokenizer, tokens, self._eos)
+        text = decoded(self._tokenizer, tokens, self._eos, prompt)
         ended = tokens[-1] in self._eos
         return Response(prompt.id, tuple(tokens), text, "stop" if ended else "length", tuple(log_probs))
 
