@@ -117,11 +117,12 @@ class ServerGenerator(Generator):
         self.backoff, self.max_wait, self.length_key = backoff, max_wait, length_key
         self.extra, self.progress = dict(extra or {}), progress
         self._eos: tuple[int, ...] = ()
+        self._vocab = 0
         self._is_vllm: bool | None = None  # None until the server has listed its models
 
     def refresh(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         """Stores the run's tokenizer; the model is not used."""
-        self._tokenizer, self._eos = tokenizer, eos_ids(tokenizer, None)
+        self._tokenizer, self._eos, self._vocab = tokenizer, eos_ids(tokenizer, None), vocab_size(tokenizer)
 
     def identity(self) -> str:
         """The model's name, the API and `extra`. The URL is not part of it, since a server may move."""
@@ -280,7 +281,7 @@ class ServerGenerator(Generator):
             return Response(prompt.id, (), "", "length")
         if completion.token_ids is None:
             return as_response(prompt, completion.text, ended, self._tokenizer, self._eos, limit, completion.reasoning)
-        if max(completion.token_ids, default=0) >= vocab_size(self._tokenizer):
+        if max(completion.token_ids, default=0) >= self._vocab:
             raise ModelError(self._tokenizer_mismatch())
         ids = completion.token_ids[:limit]
         text = decoded(self._tokenizer, ids, self._eos, prompt)

@@ -139,8 +139,9 @@ _NO_HEAD = re.compile(r"(Classification|Answering|(?<!LMHead)(?<!DoubleHeads)Mod
 
 def _other_class(model: "PreTrainedModel") -> str | None:
     """The class that the checkpoint was saved from, if its config names another one than that which was loaded."""
-    names = [name for name in getattr(model.config, "architectures", None) or [] if name != type(model).__name__]
-    return names[0] if names else None
+    architectures = getattr(model.config, "architectures", None)  # not always a list of names
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    return next((name for name in names if name != type(model).__name__), None)
 
 
 def _unset_outputs(model: "PreTrainedModel") -> None:

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 _MODEL_ENDS = "_distillkit_ends"
 """Attribute of a loaded tokenizer: the end tokens of its model's generation config, for parts that have no model."""
 
-_VOCAB_SIZE = "_distillkit_vocab_size"
-"""Attribute of a tokenizer: its length, and the result of `vocab_size` at that length, which takes 50 ms to compute."""
-
 
 def load_tokenizer(source: str, options: SourceOptions = DEFAULT, pads: bool = True) -> Tokenizer:
     """Loads the tokenizer of a model.
@@ -142,11 +139,7 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     Args:
         tokenizer: A transformers tokenizer.
     """
-    length, size = getattr(tokenizer, _VOCAB_SIZE, (None, 0))
-    if length != len(tokenizer):
-        size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        setattr(tokenizer, _VOCAB_SIZE, (len(tokenizer), size))
-    return size
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -100,7 +100,9 @@ def check_launcher(trainer: Trainer) -> None:
         )
 
 
-_OF_TYPE = re.compile(r"- (Expected|Unexpected|Not a valid|Problem with|Import path|Does not validate)")
+_OF_TYPE = re.compile(
+    r"- (Expected|Unexpected|Not a valid|Problem with|Import path|Does not validate|a class path|a dict )"
+)
 """What jsonargparse says of a value that is of another type."""
 
 
@@ -113,18 +115,19 @@ def reason_of(error: Exception) -> BaseException:
     Args:
         error: What jsonargparse raised.
     """
-    if str(error).startswith("Does not validate against any of the Union subtypes"):
-        lines = (line.strip() for line in str(error).splitlines())
-        reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and not _OF_TYPE.match(line)]
-        if reasons:
-            return ConfigError("; ".join(dict.fromkeys(reasons)))
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
     raised = next((cause for cause in causes if isinstance(cause, DistillKitError)), None)
     if raised is not None:
         return raised
-    return refused_by_class(causes[-1]) or error
+    refused, reasons = refused_by_class(causes[-1]), []
+    if str(error).startswith("Does not validate against any of the Union subtypes"):
+        lines = (line.strip() for line in str(error).splitlines())
+        reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and not _OF_TYPE.match(line)]
+    if reasons and (refused is None or reasons[0] not in str(refused)):
+        return ConfigError("; ".join(dict.fromkeys(reasons)))
+    return refused or error
 
 
 def refused_by_class(error: BaseException) -> ConfigError | None:

@@ -60,14 +60,13 @@ class MyPlugin(Generator):
         assert self._model is not None
         assert self._tokenizer is not None
         random = torch.Generator().manual_seed(seed)
-        device = base_model(self._model).device
+        device, vocab = base_model(self._model).device, vocab_size(self._tokenizer)
         tokens: list[int] = []
         log_probs: list[float] = []
         while len(tokens) < sampling.max_new_tokens and (not tokens or tokens[-1] not in self._eos):
             ids = torch.tensor([[*prompt.input_ids, *tokens]], device=device)
             # The output head may be padded beyond the vocabulary: never sample its padding.
-            output = self._model(input_ids=ids, use_cache=False)
-            logits = output.logits[0, -1, : vocab_size(self._tokenizer)].float().cpu()
+            logits = self._model(input_ids=ids, use_cache=False).logits[0, -1, :vocab].float().cpu()
             tokens.append(self._sample(logits, sampling.temperature, random))
             log_probs.append(float(logits.log_softmax(-1)[tokens[-1]]))
         text = decoded(self._tokenizer, tokens, self._eos, prompt)
