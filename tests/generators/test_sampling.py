@@ -139,7 +139,7 @@ def test_another_law_would_be_seen(rule):
     """The chi-square of the test above, for a token more and for a draw that is not by weight."""
     logits, count = some_logits(700, 0.5, seed=5), 60_000
     expected = law(logits, 0.9)
-    wrong = law(logits, 0.905) if rule == "edge" else np.where(expected > 0, expected**0.95, 0.0)
+    wrong = law(logits, 0.905) if rule == "edge" else np.where(expected > 0, expected**0.8, 0.0)
     wrong /= wrong.sum()
     counts = np.random.default_rng(0).multinomial(count, wrong)
     drawn = expected > 0
