@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from kill_parts import verbs
-from kill_parts.verbs import Case
+from kill_parts.runs import Case, prepare
 from kills import PRELOADED, ended
 from results import add_output_options, table, write_json
 
@@ -47,7 +47,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve()
-        verbs.prepare(root)
+        prepare(root)
         for verb in options.verbs:
             rows += filled(verb, verbs.CASES[verb](root), root, options.tries)
     write_json(options.json, rows, vars(options))

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from kill_parts import verbs
-from kill_parts.verbs import Case
+from kill_parts.runs import Case, prepare
 from results import add_output_options, table, write_json
 
 PRELOADED = (
@@ -35,16 +35,19 @@ PRELOADED = (
     "distillkit.workflows.curation",
     "distillkit.workflows.evaluation",
     "distillkit.workflows.student_export",
+    "distillkit.comparison.report",
     "peft",
     "pandas",
     "torch.utils.tensorboard",
     "transformers.trainer_utils",
     "transformers.models.llama.modeling_llama",
 )
-KILLS = {"fit": 60, "curate": 50, "evaluate": 35, "merge": 45, "export": 30}
-TERMS = {"fit": 25, "curate": 18, "evaluate": 13, "merge": 4, "export": 4}
+KILLS = {"fit": 60, "curate": 50, "evaluate": 35, "merge": 45, "export": 30, "compare": 20}
+TERMS = {"fit": 25, "curate": 18, "evaluate": 13, "merge": 4, "export": 4, "compare": 10}
 ROUND = 8
 """Kills between two undisturbed ends."""
+LATE = 1.0
+"""Seconds from a signal within which a process may end as if there had been none: its work was done."""
 
 
 @dataclass
@@ -70,8 +73,8 @@ def main() -> None:
     """Runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verbs", nargs="+", choices=KILLS, default=list(KILLS), help="which verbs")
-    parser.add_argument("--kills", type=int, help="SIGKILLs of each verb, instead of its share of 220")
-    parser.add_argument("--terms", type=int, help="SIGTERMs of each verb, instead of its share of 64")
+    parser.add_argument("--kills", type=int, help="SIGKILLs of each verb, instead of its share of 240")
+    parser.add_argument("--terms", type=int, help="SIGTERMs of each verb, instead of its share of 74")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--folder", help="where the runs are; a temporary folder is removed")
     add_output_options(parser, "kills.json")
@@ -86,7 +89,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as temporary,
     ):
         os.environ["TMPDIR"] = tempfile.tempdir = temporary
-        verbs.prepare(Path(folder))
+        prepare(Path(folder))
         for name in options.verbs:
             numbers = {signal.SIGKILL: options.kills, signal.SIGTERM: options.terms}
             numbers = {signal.SIGKILL: KILLS[name], signal.SIGTERM: TERMS[name]} | {
@@ -190,9 +193,10 @@ def ended(case: Case, attack: tuple[signal.Signals, float] | None) -> tuple[int,
             os.kill(child, attack[0])
         sent = time.monotonic()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if sent is not None and attack is not None and status not in (-attack[0], 128 + attack[0]) and status == 0:
+    delay = None if sent is None else time.monotonic() - sent
+    if status == 0 and delay is not None and delay < LATE:
         return status, None  # it had ended when the signal came
-    return status, None if sent is None else time.monotonic() - sent
+    return status, delay
 
 
 def forked(run: Callable[[list[str]], int], arguments: list[str], log: Path) -> None:

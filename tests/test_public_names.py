@@ -24,9 +24,14 @@ WRITE = "DISTILLKIT_WRITE_NAMES"
 HINT = f"If this is meant, run this test with {WRITE}=1, which writes it anew, and tell users in CHANGELOG.md."
 TEMPLATES = ROOT / "src" / "distillkit" / "cli" / "templates"
 AREAS = (ROOT / "plugins", ROOT / "benchmarks", TEMPLATES)
-INTERNAL = {"bit_flips.py", "compare_report.py", "full_disk.py", "kills.py", "verbs.py"}
+INTERNAL = {"bit_flips.py", "compare_report.py", "full_disk.py", "kills.py"}
 """Benchmarks of files and functions that nobody else uses: kills, full disks, damage to files, the cost of a report."""
-SOURCES = sorted(path for area in AREAS for path in area.rglob("*.py") if path.name not in INTERNAL)
+SOURCES = sorted(
+    path
+    for area in AREAS
+    for path in area.rglob("*.py")
+    if path.name not in INTERNAL and path.parent.name != "kill_parts"
+)
 CONFIGS = sorted(path for area in (*AREAS, ROOT / "configs") for path in area.rglob("*.yaml"))
 
 

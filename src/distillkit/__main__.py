@@ -9,7 +9,7 @@ from distillkit.cli.main import main
 from distillkit.comparison.runner import PARENT
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Has this process killed when `parent` ends (on Linux).
 
     A killed comparison leaves no run behind, which the next one would meet in the same folder.
@@ -23,5 +23,5 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     parent = os.environ.pop(PARENT, None)  # processes of this one have it as their parent
     if parent is not None:
-        _end_with(int(parent))
+        end_with(int(parent))
     sys.exit(main())

@@ -206,6 +206,12 @@ def test_a_budget_that_is_none_is_refused(settings: dict[str, Any], message: str
         Budget(**settings)
 
 
+@pytest.mark.parametrize("least", ["min_epochs", "min_steps"])
+def test_a_budget_is_not_exceeded_by_a_least_length(least: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.{least} can't be used with a limit in Budget"):
+        fit(folder, tmp_path, Budget(5), CrossEntropy(), **{"max_epochs": -1, least: 3})
+
+
 def test_two_ends_are_one_too_many(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_epochs must be -1 with a limit in Budget, .* got 2"):
         fit(folder, tmp_path, Budget(5), CrossEntropy(), max_epochs=2)

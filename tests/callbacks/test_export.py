@@ -97,6 +97,34 @@ def test_others_can_read_the_exported_files_and_their_type_is_a_choice(tmp_path:
     torch.testing.assert_close(logits(again).float(), logits(module.student), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("options", "head"),
+    [
+        ({"max_epochs": 1, "num_sanity_val_steps": -1}, "| metric | before | after |"),
+        ({"max_steps": 3, "num_sanity_val_steps": -1}, "| metric | before | at step 2 of 3 |"),
+        ({"max_epochs": 2}, "| metric | at step 2 of 4 | after |"),
+        ({"max_steps": 1, "num_sanity_val_steps": -1}, "| metric | before |"),
+    ],
+)
+def test_the_card_says_of_which_step_its_metrics_are(options: dict[str, int], head: str, tmp_path: Path) -> None:
+    rows = write_prompts(tmp_path / "train.jsonl", 2, response=True)
+    module = DistillModule(Student(str(save_tiny(tmp_path / "source"))), CrossEntropy())
+    fixed = QUIET | {"default_root_dir": tmp_path, "logger": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(**fixed, **({"num_sanity_val_steps": 0} | options), callbacks=[Export()])
+    trainer.fit(module, DistillData(rows, rows, batch_size=1))
+    lines = (tmp_path / "export" / "README.md").read_text().splitlines()
+    start = lines.index(head)
+    assert len({line.count("|") for line in lines[start : start + 4]}) == 1
+    assert f"{module.history[-1]['val/nll']:.4g} |" in lines[start + 2]
+
+
+def test_no_curves_are_drawn_of_a_log_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "distillkit"):
+        fit(tmp_path, Student(str(save_tiny(tmp_path / "source"))))
+    assert "No curves are drawn: the run's folder has no CSV log." in caplog.text
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_an_adapter_alone_fits_its_source_and_is_a_source_itself(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "cache"))
     source = save_tiny(tmp_path / "source")

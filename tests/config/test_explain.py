@@ -93,6 +93,21 @@ def run(
         (["--trainer.max_epochs=x"], ["command line: trainer.max_epochs must be an integer or null, got x."]),
         (["--data.overlong=x"], ["command line: data.overlong must be error or drop, got x."]),
         (["--model.optimizer.lrr=1"], ["command line: unknown key model.optimizer.lrr. Did you mean lr?"]),
+        (["--model.optimizer.lr=2e-5x"], ["command line: model.optimizer.lr must be a number", ", got 2e-5x."]),
+        (["--model.optimizer=null"], ["command line: model.optimizer must be import path", ", got None."]),
+        (["--model.loss=null"], ["command line: model.loss Not a valid subclass of Loss"]),
+        (["--trainer.plugins=foo"], ["command line: trainer.plugins must be the name of a part", "got foo."]),
+        (["--trainer.max_epochs=null"], ["trainer.max_epochs must be set, or trainer.max_steps"]),
+        (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches must be above 0, got 0."]),
+        (["--trainer.strategy=ddp_spawn"], ["trainer.strategy: ddp_spawn can't be used on the command line"]),
+        (
+            ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/nll", "--trainer.callbacks.mode=up"],
+            ["EarlyStopping refuses its settings: `mode` can be min, max, got up"],
+        ),
+        (
+            ["--trainer.callbacks=LambdaCallback", "--trainer.callbacks.on_train_start=print"],
+            ["command line: trainer.callbacks.on_train_start must be", "got print."],
+        ),
         (["--seed_everything", "-1"], ["command line: seed_everything must lie in [0, 4294967295], got -1."]),
         (["--trainer.default_root_dir=null"], ["command line: trainer.default_root_dir is null."]),
         (["--model.loss", "SkewLK"], ["command line: model.loss: No installed loss is named 'SkewLK'."]),
@@ -126,6 +141,17 @@ def test_a_wrong_argument_is_named(
             "model.loss.beta.constant must be a number, got x.",
         ),
         ("model: {loss: SkewLK}", "model.loss: No installed loss is named 'SkewLK'. Similar names: SkewKL."),
+        ("model: {student: ./student}", "model.student must be the name of a part, got ./student."),
+        ("model: {teacher: ./teacher}", "model.teacher must be the name of a part or null, got ./teacher."),
+        ("data: {test: {limit: 2}}", "data.test.path must be set, in a config file or on the command line."),
+        (
+            "model: {student: {revision: 12e4567}}",
+            "model.student.revision must be a text or null, got inf. Put it in quotes.",
+        ),
+        (
+            "data: {train: {path: x.jsonl, prompt_column: no}}",
+            "data.train.prompt_column must be a text, got False. Put it in quotes.",
+        ),
         ("model:", "model must be a mapping of settings, got None. Leave it out to set none."),
         ("data: [1]", "data must be a mapping of settings, got [1]. Leave it out to set none."),
         ("trainer:", "trainer must be a mapping of settings, got None. Leave it out to set none."),
@@ -234,3 +260,33 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path, models: Path, capsys:
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fitt"]) == 2
     assert "fit, curate, validate, test, evaluate, export, compare, store, plugins" in capsys.readouterr().err
+
+
+def test_an_argument_sets_something_of_a_source_that_a_file_names_by_its_path_alone(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.yaml").write_text("data: {train: some.jsonl}")
+    arguments = ["--config", str(tmp_path / "train.yaml"), "--data.train.limit=4", "--data.train.split", "test"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.student.source=x", "--model.loss=CrossEntropy", *arguments, "--print_config"])
+    source = yaml.safe_load(capsys.readouterr().out)["data"]["train"]["init_args"]
+    assert (source["path"], source["limit"], source["split"]) == ("some.jsonl", 4, "test")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{path: a.jsonl, split: test}",
+            "Source.split and Source.hub_config choose within a hub dataset, but a.jsonl is",
+        ),
+        ("{path: a.jsonl, limit: 0}", "Source.limit must be at least 1 (null reads all rows), got 0."),
+        ("{path: []}", "Source.path is an empty list: name at least one file."),
+    ],
+)
+def test_what_a_source_refuses_is_one_line_though_a_source_may_also_be_a_path(
+    source: str, message: str, tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "faulty.yaml"
+    path.write_text(f"data: {{train: {source}}}")
+    assert run(tmp_path, models, capsys, "--config", str(path)).startswith(f"distillkit fit: error: {message}")

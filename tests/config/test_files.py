@@ -218,3 +218,18 @@ def test_a_file_replaces_the_class_of_a_default_with_its_arguments(tmp_path, cap
         assert model["optimizer"]["init_args"]["lr"] == 0.5
         assert "betas" not in model["optimizer"]["init_args"]
         assert model["loss"]["class_path"].endswith(f".{loss}")
+
+
+def test_settings_of_a_source_lie_over_its_path_alone():
+    below = {"data": {"train": "a.jsonl", "val": ["b.jsonl", "c.jsonl"], "test": "d.jsonl"}}
+    above = {"data": {"train": {"limit": 4}, "val": {"invalid": "drop"}, "test": {"path": "e.jsonl", "limit": 1}}}
+    assert configs.merge(below, above) == {
+        "data": {
+            "train": {"path": "a.jsonl", "limit": 4},
+            "val": {"path": ["b.jsonl", "c.jsonl"], "invalid": "drop"},
+            "test": {"path": "e.jsonl", "limit": 1},
+        }
+    }
+    assert configs.merge(below, {"data": {"train": {"class_path": "ReasoningGym"}}})["data"]["train"] == {
+        "class_path": "ReasoningGym"
+    }

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from distillkit.config.command import Command
 from distillkit.config.files import MergedConfig
 from distillkit.config.parts import import_parts, items, members, part_types
 from distillkit.curators.mixed import MixedCurator
-from distillkit.errors import PluginError
+from distillkit.errors import ConfigError, PluginError
 from distillkit.interfaces import Curator, Schedule, Verifier
 from distillkit.losses.distillm2 import DistiLLM2
 from distillkit.run_folder import read_metrics
@@ -238,6 +240,7 @@ def test_types_of_parameters() -> None:
     assert "missing" not in types
     assert items(part_types(MixedCurator)["parts"]) is Curator
     assert items(part_types(MixedCurator)["shares"]) is float
+    assert not list(members(typing.Callable)), "a function of which no more is said"
 
 
 def test_help_lists_and_explains_installed_parts(installed: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,3 +266,34 @@ def test_types_that_are_texts_are_read_where_a_part_is_defined() -> None:
     types = part_types(Own)
     assert types["schedule"] is Schedule
     assert set(members(types["curator"])) == {Curator, type(None)}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"model": {"loss": {"class_path": "SkewKL", "init_args": {"alpha": None}}}}, "model.loss.alpha"),
+        ({"model": {"answers": {"max_new_tokens": None}}}, "model.answers.max_new_tokens"),
+        ({"model": {"optimizer": None}}, "model.optimizer"),
+        ({"data": {"max_length": None}}, "data.max_length"),
+        (
+            {"model": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": None}}}},
+            "model.optimizer.lr",
+        ),
+    ],
+)
+def test_a_null_in_a_setting_that_has_none_is_refused_by_its_key(content, key):
+    roots = {"model": DistillModule, "data": DistillData}
+    with pytest.raises(ConfigError, match=rf"a.yaml: {re.escape(key)} can't be null"):
+        import_parts(Command(MergedConfig(content, (("a.yaml", content),)), (), roots))
+    argument = f"--{key}=null"
+    with pytest.raises(ConfigError, match=rf"command line: {re.escape(key)} can't be null"):
+        import_parts(Command(MergedConfig(content, (("a.yaml", content),)), (argument,), roots))
+
+
+def test_a_null_that_an_argument_replaces_or_that_a_setting_has_is_none():
+    content = {
+        "model": {"teacher": None, "warmup": None, "answers": {"seed": None}, "generator": None},
+        "data": {"max_length": None, "val": None, "train": {"path": "a.jsonl", "limit": None}},
+    }
+    roots = {"model": DistillModule, "data": DistillData}
+    import_parts(Command(MergedConfig(content, (("a.yaml", content),)), ("--data.max_length=5",), roots))

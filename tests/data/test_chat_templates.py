@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.data.chat import encode, encode_all
+from distillkit.data.chat import encode, encode_all, encode_response, require_chat_template
 from distillkit.data.chat_templates import (
     check_template,
     prints_date,
@@ -17,7 +17,7 @@ from distillkit.data.chat_templates import (
 )
 from distillkit.data.records import Record
 from distillkit.data.template_spans import template_end
-from distillkit.errors import ConfigError, DataError
+from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.models.tokenizers import eos_ids, fingerprint, set_template
 from helpers.models import CHAT_TEMPLATE, END_ID, tiny_tokenizer
 
@@ -133,6 +133,8 @@ def test_a_template_may_be_a_file_or_the_teachers(tmp_path: Path):
     [
         ("none.jinja", None, r"Student\.chat_template must be a Jinja file, teacher or one of chatml, .* is no file"),
         (None, {"messages": []}, r"Student\.template_kwargs can't set 'messages'"),
+        (None, {"tools": [{"name": "f"}]}, r"Student\.template_kwargs can't set 'tools': name a variable"),
+        (None, {"documents": []}, r"Student\.template_kwargs can't set 'documents'"),
         (None, {"a b": 1}, r"Student\.template_kwargs can't set 'a b'"),
         (None, {"a": object()}, r"Student\.template_kwargs\.a must be a text, a number, .* got a object"),
     ],
@@ -156,6 +158,14 @@ def test_arguments_are_defaults_of_the_templates_variables():
     assert trained_texts(prompt, tok) == ["yes<|im_end|>"]
 
 
+def test_arguments_are_those_of_the_default_of_several_templates_and_the_others_stay():
+    tok = tokenizer(template={"default": QWEN_3, "tool_use": PHI_3})
+    set_template(tok, None, {"enable_thinking": False}, None)
+    prompt = encode(conversation("Hi", "yes"), tok, (END_ID,), chat=True)
+    assert tok.decode(prompt.input_ids).endswith("<think>\n\n</think>\n\n")
+    assert tok.chat_template["tool_use"] == PHI_3
+
+
 @pytest.mark.parametrize("value", [None, True, 1.5, 'a "b"\n', [1, "x"], {"k": [None]}])
 def test_an_argument_has_the_value_that_was_set(value):
     tok = tokenizer(template="{{ thing | tojson }}" if value is not None else "{{ thing is none }}")
@@ -172,6 +182,90 @@ def test_an_argument_that_the_template_does_not_have_is_refused_with_those_that_
         with_arguments(QWEN_3, {"enable_thinkin": False})
     assert with_arguments(LLAMA_3_2, {"date_string": "x"}) != LLAMA_3_2
     assert with_arguments("\n" + QWEN_3, {}) == "\n" + QWEN_3
+
+
+def test_an_argument_that_the_tokenizer_sets_itself_is_refused():
+    tok = tokenizer(template="{{ eos_token }}{{ bos_token }}{{ messages[0].content }}")
+    with pytest.raises(ConfigError, match=r"template_kwargs: eos_token would have no effect, since the tokenizer"):
+        set_template(tok, None, {"eos_token": ""}, None)
+    set_template(tok, None, {"bos_token": "<s>"}, None)  # this tokenizer has none, so the default holds
+    assert tok.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "<|im_end|><s>Hi"
+
+
+# ── templates that lose what a message says ───────────────────────────────────────────────────────────────────────────
+
+# As SmolVLM's, Idefics3's and LLaVA's: the content is a list of parts, of which a plain text has none.
+PARTS = (
+    "<|im_start|>{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+# As Phi-3's first one, which knows no system message.
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>\n{{ m.content }}<|end|>\n<|assistant|>\n"
+    "{% elif m.role == 'assistant' %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+)
+# As SmolLM3's: a flag in the system message chooses the mode, and is not written.
+FLAG = (
+    "{% set thinks = '/no_think' not in messages[0].content %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.replace('/no_think', '') }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% if not thinks %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+# As DeepSeek-R1's first one and RWKV's: what stands before the end of the thought is left out.
+FORGETS_THOUGHT = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+# As QwQ's and Nemotron 3's: the prompt opens the thought with which an answer begins.
+OPENS_THOUGHT = CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%").replace(
+    "{{ message['content'] }}", "{{ message['content'].replace('<think>hm', '<think>\nhm\n') }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "system", "message"),
+    [
+        (PARTS, ["What?"], None, r"does not write the user message 'What\?': choose one that does"),
+        (PARTS, ["What?", "four"], None, r"does not write the whole of assistant turn 1"),
+        (NO_SYSTEM, ["What?"], "Be kind", r"does not write the system message 'Be kind'"),
+        (NO_SYSTEM, ["What?", "four"], "Be kind", r"does not write the system message 'Be kind'"),
+        (FORGETS_THOUGHT, ["What?", "<think>hm</think>four"], None, r"does not write the whole of assistant turn 1"),
+        (FORGETS_THOUGHT, ["a", "x", "b", "<think>hm</think>y"], None, r"does not write the whole of assistant turn 2"),
+    ],
+)
+def test_a_template_that_loses_what_a_message_says_is_refused(template, contents, system, message):
+    tok = tokenizer("<|user|>", "<|assistant|>", "<|end|>", template=template)
+    with pytest.raises(DataError, match=rf"^a\.jsonl line 7: the chat template of .* {message}"):
+        encode(conversation(*contents, system=system), tok, eos_ids(tok, None), chat=True)
+
+
+def test_a_response_whose_reasoning_a_template_loses_is_refused():
+    tok = tokenizer(template=FORGETS_THOUGHT)
+    prompt = encode(conversation("What?"), tok, (END_ID,), chat=True)
+    with pytest.raises(DataError, match=r"does not write the whole of assistant turn 1"):
+        encode_response(prompt, "<think>hm</think>four", True, tok, (END_ID,))
+    assert tok.decode(encode_response(prompt, "four", True, tok, (END_ID,))) == "four<|im_end|>"
+
+
+def test_a_message_that_is_not_written_may_have_an_effect():
+    tok = tokenizer("<think>", "</think>", template=FLAG)
+    prompt = encode(conversation("What?", system="/no_think"), tok, (END_ID,), chat=True)
+    assert tok.decode(prompt.input_ids).endswith("assistant\n<think>\n\n</think>\n")
+    tok = tokenizer(template=FORGETS_THOUGHT)
+    prompt = encode(conversation("a", "<think>hm</think>one", "b"), tok, (END_ID,), chat=True)
+    assert "assistant\none<|im_end|>" in tok.decode(prompt.input_ids)
+
+
+@pytest.mark.parametrize("answer", ["<think>hm</think>four", "<think>hm</think>four <|im_end|> five"])
+def test_an_answer_that_the_template_spaces_otherwise_is_trained_on_to_its_end(answer):
+    tok = tokenizer(template=OPENS_THOUGHT)
+    prompt = encode(conversation("What?", answer), tok, (END_ID,), chat=True)
+    assert tok.decode(prompt.input_ids).endswith("assistant\n<think>\n")
+    text = answer.removeprefix("<think>hm")
+    assert trained_texts(prompt, tok) == [f"hm\n{text}<|im_end|>"]
+
+
+def test_a_template_that_does_not_write_the_answer_tells_no_end_of_turn():
+    tok = tokenizer("<|end|>", template=PARTS)
+    assert template_end(tok) is None
+    assert eos_ids(tok, None) == (END_ID,)
 
 
 # ── dates ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,3 +336,23 @@ def test_conversations_of_a_template_with_an_end_besides_the_tokenizers_are_enco
     prompts, report = encode_all(rows, tok, eos_ids(tok, None), True, None, 512, "error")
     assert [trained_texts(prompt, tok) for prompt in prompts] == [["one<|end|>", "two<|end|>"], ["three<|end|>"]]
     assert str(report) == "2 prompts"
+
+
+def test_a_template_that_does_not_begin_an_answer_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.name_or_path = "some/model"
+    require_chat_template(tokenizer, True)
+    tokenizer.chat_template = tokenizer.chat_template.partition("{% if add_generation_prompt")[0]
+    message = r"of some/model writes '<\|im_start\|>assistant' before an answer, but not at the end of a prompt"
+    with pytest.raises(ModelError, match=message):
+        require_chat_template(tokenizer, True)
+    require_chat_template(tokenizer, False)
+
+
+def test_a_template_that_puts_nothing_before_an_answer_needs_no_prompt_for_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (  # as Llama 2 and Mistral
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+    )
+    require_chat_template(tokenizer, True)

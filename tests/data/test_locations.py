@@ -1,6 +1,8 @@
 """Prompts from folders, patterns, lists and revisions."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import datasets
@@ -65,9 +67,121 @@ def test_a_folder_of_data_files_is_read_split_by_split():
     jsonl("folder/test.jsonl", "held out")
     for path in spellings("folder"):
         assert [prompt for prompt, _ in read(path)] == ["a", "b"]
-    assert read("./folder", split="test") == [("held out", "./folder test row 1")]
+    assert read("./folder", split="test") == [("held out", "./folder/test.jsonl line 1")]
     with pytest.raises(DataError, match=r"the folder \./folder can't be loaded with split 'val'"):
         read("./folder", split="val")
+
+
+def test_files_of_a_folder_are_read_as_files_that_are_named():
+    Path("folder").mkdir()
+    text = "prompt,response\nCode of Namibia?,NA\nNothing in Python?,None\n007,8.0\n"
+    Path("folder/a.csv").write_text(text, encoding="utf-8")
+    records = Source("./folder").records()
+    assert [record.messages[-1]["content"] for record in records] == ["NA", "None", "8.0"]
+    assert [record.origin for record in records] == [f"./folder/a.csv row {number}" for number in (1, 2, 3)]
+    jsonl("dates/a.jsonl", "2024-01-01")
+    jsonl("dates/b.jsonl", "b")
+    assert read("dates") == [("2024-01-01", "dates/a.jsonl line 1"), ("b", "dates/b.jsonl line 1")]
+    status = Path("dates/b.jsonl").stat()
+    jsonl("dates/b.jsonl", "c")
+    os.utime("dates/b.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert read("dates")[1][0] == "c", "nothing is remembered by a file's date"
+    Path("dates/b.jsonl").write_text('{"prompt": "b')
+    with pytest.raises(DataError, match=r"^dates/b\.jsonl line 1 is not valid JSON"):
+        read("dates")
+
+
+def test_a_part_of_a_split_of_a_folder_is_read():
+    jsonl("folder/train.jsonl", *"abcdefghij")
+    jsonl("folder/test.jsonl", "held out")
+    assert [prompt for prompt, _ in read("folder", split="train[:20%]")] == ["a", "b"]
+    assert read("folder", split="train[9:]+test")[0] == ("j", "folder/train.jsonl line 10")
+    assert read("folder", split="train[9:]+test")[1][0] == "held out"
+    for split in ("train[:x]", "none", "none[:5]"):
+        with pytest.raises(DataError, match=rf"the folder folder can't be loaded with split '{re.escape(split)}'"):
+            read("folder", split=split)
+
+
+def test_a_folder_with_files_that_would_not_be_read_is_refused():
+    jsonl("splits/train.jsonl", "a")
+    jsonl("splits/extra.jsonl", "b")
+    with pytest.raises(
+        DataError, match=r"splits has files that belong to no split: extra\.jsonl; its splits are train"
+    ):
+        read("splits")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: extra.jsonl\n---\n"
+    Path("splits/README.md").write_text(card)
+    assert read("splits") == [("b", "splits/extra.jsonl line 1")]
+    jsonl("formats/a.jsonl", "a")
+    jsonl("formats/b.jsonl", "b")
+    jsonl("formats/.hidden/d.jsonl", "d")
+    Path("formats/c.csv").write_text("prompt\nc\n")
+    with pytest.raises(DataError, match=r"formats has files that belong to no split: c\.csv; its splits are train"):
+        read("formats")
+    Path("formats/c.csv").unlink()
+    assert [prompt for prompt, _ in read("formats")] == ["a", "b"]
+
+
+def test_a_folder_is_read_through_links_and_no_link_in_it_is_left_out():
+    jsonl("real/a.jsonl", "a")
+    Path("link").symlink_to("real")
+    for path in ("./link", "real/../link", str(Path("link").absolute())):
+        assert read(path) == [("a", f"{path}/a.jsonl line 1")]
+    jsonl("data/b.jsonl", "b")
+    Path("data/sub").symlink_to("../real")
+    with pytest.raises(DataError, match=r"data has files that belong to no split: sub/a\.jsonl"):
+        read("data")
+    Path("data/sub").unlink()
+    Path("data/a.jsonl").symlink_to("../real/a.jsonl")
+    assert [prompt for prompt, _ in read("data")] == ["a", "b"]
+    Path("real/a.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data/a\.jsonl is a link to a file that is not there"):
+        read("data")
+
+
+def test_a_folder_without_all_its_shards_is_refused():
+    jsonl("folder/train-00000-of-00003.jsonl", "a")
+    jsonl("folder/train-00002-of-00003.jsonl", "c")
+    with pytest.raises(DataError, match=r"has 2 of the 3 files of train: number 00001 is missing"):
+        read("folder")
+    jsonl("folder/train-00001-of-00003.jsonl", "b")
+    assert [prompt for prompt, _ in read("folder")] == ["a", "b", "c"]
+
+
+def test_files_that_the_datasets_library_reads_are_read_with_the_reason_of_an_error():
+    Path("folder").mkdir()
+    Path("folder/a.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}]))
+    assert read("folder") == [("a", "folder train row 1"), ("b", "folder train row 2")]
+    Path("folder/a.json").write_text('{"prompt": "a')
+    with pytest.raises(DataError, match=r"the folder folder can't be loaded .*JSON parse error"):
+        read("folder")
+
+
+def test_a_hub_dataset_of_csv_files_keeps_texts_that_look_like_nothing(monkeypatch):
+    class Rows(list):
+        builder_name = "csv"
+
+    def load_dataset(*_, keep_default_na=True, **__):
+        return Rows([{"prompt": "a", "response": None if keep_default_na else "NA"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert Source("owner/name").records()[0].messages[-1]["content"] == "NA"
+
+
+def test_a_saved_format_hides_no_column():
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "response": ["b"]})
+    rows.set_format(columns=["prompt"])
+    rows.save_to_disk("saved")
+    assert [message["content"] for message in Source("saved").records()[0].messages] == ["a", "b"]
+
+
+def test_a_broken_link_among_files_of_a_pattern_is_refused():
+    jsonl("data/a.jsonl", "a")
+    Path("data/b.jsonl").symlink_to("none.jsonl")
+    with pytest.raises(DataError, match=r"data/b\.jsonl is a link to a file that is not there"):
+        Source("data/*.jsonl").check()
+    Path("data/none.jsonl").write_text('{"prompt": "b"}\n')
+    assert [prompt for prompt, _ in read("data/[ab].jsonl")] == ["a", "b"]
 
 
 def test_a_pattern_names_files_in_the_order_of_their_names():

@@ -242,7 +242,9 @@ def test_a_file_of_another_encoding_or_a_damaged_one_is_refused(name, content, m
         read(name)
 
 
-@pytest.mark.parametrize("path", ["data.jsonl", "data.JSON", "some/data.parquet", "./data", "/none/data", "a/b/c"])
+@pytest.mark.parametrize(
+    "path", ["data.jsonl", "data.JSON", "data.ndjson", "some/data.parquet", "./data", "/none/data", "a/b/c"]
+)
 def test_a_path_that_looks_like_a_missing_file_is_refused_before_anything_else(path):
     with pytest.raises(DataError, match=rf"^Source\.path: there is no file {path}"):
         Source(path).check()

@@ -143,6 +143,19 @@ REFUSED = [
         r"reasoning that would have no effect",
     ),
     ({"messages": [USER, {**ASSISTANT, "reasoning": 5}]}, {}, r", messages, turn 2, reasoning must be a text"),
+    # False is a value, not nothing: ms-swift's and LLaMA-Factory's loss, verl's trainable, the labels of KTO
+    ({"messages": [USER, {**ASSISTANT, "loss": False}, USER, ASSISTANT]}, {}, r", messages, turn 2 has keys .* 'loss'"),
+    ({"messages": [USER, {**ASSISTANT, "trainable": False}]}, {}, r", messages, turn 2 has keys .* 'trainable'"),
+    ({"prompt": "Hi", "response": "Hello", "train": False}, {}, r" has columns .* no effect: 'train'"),
+    ({"prompt": "Hi", "completion": "Hello", "label": False}, {}, r" has columns .* no effect: 'label'"),
+    ({"prompt": "Hi", "system": False}, {}, r", system must be a text, got False \(bool\)"),
+    ({"prompt": "Hi", "history": False}, {}, r", history must be a list of pairs"),
+    ({"instruction": "Hi", "input": 0}, {"prompt": "instruction"}, r", input must be a text, got 0 \(int\)"),
+    ({"messages": [USER, {**ASSISTANT, "reasoning": False}]}, {}, r", messages, turn 2, reasoning must be a text"),
+    # turns that would be taken for what they are not
+    ({"prompt": [USER, ASSISTANT]}, {}, r", prompt, turn 2 is the start of an answer, which can't be continued"),
+    ({"prompt": [USER, ASSISTANT], "response": "lo"}, {}, r", response is a second assistant turn in a row"),
+    ({"prompt": "Hi", "response": [ASSISTANT, USER]}, {}, r", response, turn 2 is a user turn that ends a response"),
     ({"prompt": None, "response": "Hello"}, {}, r", prompt is null; write the prompt or leave the row out"),
     ({"prompt": "a \ud83d b"}, {}, r", prompt has half of a surrogate pair, '\\ud83d', at character 3"),
     ({"messages": [USER, {**ASSISTANT, "content": "\udc00"}]}, {}, r", messages, turn 2 has half of a surrogate pair"),
@@ -240,6 +253,13 @@ def test_a_null_prompt_in_parquet_is_named():
     schema = pa.schema({"prompt": pa.string(), "response": pa.string()})
     pq.write_table(pa.Table.from_pylist([{"prompt": None, "response": "Hello"}], schema=schema), "data.parquet")
     with pytest.raises(DataError, match=r"^data\.parquet row 1, prompt is null; write the prompt or leave the row out"):
+        Source("data.parquet").records()
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused():
+    columns = [pa.array(["Hi"]), pa.array(["Hello"]), pa.array(["Ho"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["prompt", "response", "response"]), "data.parquet")
+    with pytest.raises(DataError, match=r"^data\.parquet names a column twice in its schema, 'prompt', 'response', "):
         Source("data.parquet").records()
 
 

@@ -97,6 +97,27 @@ def test_reasoning_of_a_response_is_written_as_far_as_it_came(text, ended, expec
         encode_response(prompt, text, ended, plain, (END_ID,), "Hm")
 
 
+# As Qwen3.5's: the prompt opens a thought.
+OPENED = QWEN3.replace(
+    "'<|im_start|>assistant\\n' }}{%- endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "opening"), [(QWEN3, "<think>\n"), (OPENED, "")])
+def test_an_answer_that_was_cut_within_a_thought_of_its_text_gets_no_other_thought(template, opening):
+    tok = tokenizer(template)
+    prompt = encode(record("What?"), tok, (END_ID,), chat=True)
+    ids = encode_response(prompt, "<think>\nTwo, two, so", False, tok, (END_ID,))
+    assert tok.decode(ids) == f"{opening}Two, two, so"
+    whole = encode_response(prompt, "<think>\nTwo.\n</think>\n\nfour", True, tok, (END_ID,))
+    assert tok.decode(whole) == f"{opening}Two.\n</think>\n\nfour<|im_end|>"
+    cut = replace(record("What?", "<think>\nTwo, two, so"), ended=False)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl line 2: the chat template of .* closes a thought before assistant turn 1"
+    ):
+        encode(cut, tok, (END_ID,), chat=True)
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_an_answer_that_was_cut_has_no_end_of_turn(chat):
     tok = tokenizer()
@@ -137,3 +158,11 @@ def test_records_that_cant_be_encoded_are_left_out_and_counted():
     assert "1 left out since they can't be encoded" in str(report)
     with pytest.raises(DataError, match="line 2: the chat template"):
         encoded([bad])
+
+
+def test_responses_that_quote_an_end_of_turn_are_trained_on_whole_and_counted():
+    quoting, prompt_only = record("a", "say <|im_end|> twice"), record("<|im_end|>", "b")
+    prompts, report = encoded([quoting, prompt_only, record("c", "<|im_end|>", "d", "e")])
+    assert trained(prompts[0], tokenizer()) == "say <|im_end|> twice<|im_end|>"
+    assert (report.inner_ends, report.unended) == (1, 0)
+    assert "1 responses whose text has an end-of-turn token" in str(report)

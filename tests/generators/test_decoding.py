@@ -74,5 +74,5 @@ def test_a_copy_in_another_type_is_tried_by_itself(name, monkeypatch):
 class Ids:
     eos_token_id, chat_template = 1, None
 
-    def __len__(self):
-        return 64
+    def get_vocab(self):
+        return {str(index): index for index in range(64)}

@@ -106,3 +106,15 @@ def test_what_can_be_known_is_refused_at_once(strong, tmp_path):
         LocalGenerator(str(strong), batch_size=0)
     with pytest.raises(ConfigError, match=r"LocalGenerator\.exchange must be tokens or text, got 'logits'"):
         LocalGenerator(str(strong), exchange="logits")
+
+
+def test_text_that_continues_a_plain_prompt_keeps_the_space_between_them(strong, monkeypatch):
+    generator = ready(strong, exchange="text")
+    generator._model_tokenizer.chat_template = None
+    record = Record(({"role": "user", "content": "The capital of France is"},), "here")
+    prompts = Prompts((encode(record, TOKENIZER, (END_ID,), chat=False),), 1)
+    tokens = (*TOKENIZER.encode(" Paris"), END_ID)
+    monkeypatch.setattr(TransformersGenerator, "_generate_batch", lambda _, rows, __: rows[0].tokens.extend(tokens))
+    (response,) = generator.generate(prompts, SAMPLING)
+    assert response.text == " Paris"
+    assert TOKENIZER.decode(prompts[0].input_ids + response.token_ids[:6]).startswith("The capital of France is Paris")

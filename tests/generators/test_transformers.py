@@ -8,7 +8,7 @@ from distillkit.errors import ConfigError
 from distillkit.generators import transformers as in_process
 from distillkit.generators.transformers import TransformersGenerator
 from distillkit.types import Prompt, Prompts, Sampling
-from helpers.models import END_ID, tiny_model, tiny_tokenizer
+from helpers.models import END_ID, GAPPED_END_ID, gapped_tokenizer, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
@@ -267,3 +267,17 @@ def test_generation_leaves_no_graph_and_no_gradient():
 def test_a_batch_size_below_1_is_refused():
     with pytest.raises(ConfigError, match=r"TransformersGenerator\.batch_size must be at least 1, got 0"):
         TransformersGenerator(batch_size=0)
+
+
+def test_an_end_token_beyond_a_gap_of_the_vocabulary_ends_a_response():
+    tokenizer = gapped_tokenizer()
+    model = tiny_model(336, eos_token_id=GAPPED_END_ID, tie_word_embeddings=False)
+    with torch.no_grad():  # a model that only says the end
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(336).index_fill(0, torch.tensor(GAPPED_END_ID), 50.0))
+    generator = TransformersGenerator(progress=False)
+    generator.refresh(model, tokenizer)
+    prompt = Prompt("a", ({"role": "user", "content": "Hello"},), tuple(tokenizer.encode("Hello")))
+    for temperature in (0.0, 1.0):
+        (response,) = generator.generate(Prompts((prompt,)), Sampling(temperature=temperature, max_new_tokens=5))
+        assert (response.token_ids, response.finish) == ((GAPPED_END_ID,), "stop")

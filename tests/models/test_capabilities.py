@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from distillkit.errors import ModelError
 from distillkit.models import packing
-from distillkit.models.capabilities import capabilities
+from distillkit.models.capabilities import capabilities, probe_tokens
 from distillkit.models.exact import in_float32
 from distillkit.testing.families import tiny_family
-from distillkit.testing.family_checks import check_scores, plain_model
+from distillkit.testing.family_checks import check_generation, check_scores, plain_model
 from helpers.families import made
 
 # Rows that flow into one another.
@@ -165,6 +165,14 @@ def test_whatever_a_model_raises_is_one_line():
     )
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")
+def test_an_attention_implementation_that_fails_is_named():
+    model = tiny_family("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ModelError, match="student x: its test passes fail with attn_implementation flex_attention"):
+        capabilities(model, "student x")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_refused(value):
     model = made(LlamaForCausalLM, LlamaConfig)
@@ -172,6 +180,17 @@ def test_logits_that_are_not_finite_are_refused(value):
         model.model.norm.weight[3] = value
     with pytest.raises(ModelError, match="student x: the logits of LlamaForCausalLM are not finite in a test pass"):
         capabilities(model, "student x")
+
+
+@pytest.mark.parametrize("settings", [{"eos_token_id": [3, 8, 13]}, {"pad_token_id": -1}, {"eos_token_id": None}])
+def test_special_tokens_in_any_form_are_understood(settings):
+    # Llama 3 has three end tokens in its config, and -1 stands for no token in old ones.
+    model = tiny_family("llama", **settings)
+    ends = settings.get("eos_token_id") or []
+    assert not set(ends) & set(probe_tokens(model, 11).tolist())
+    assert capabilities(model).layout == "packed"
+    check_scores(model, plain_model(model))
+    check_generation(model, plain_model(model))
 
 
 @pytest.mark.parametrize("name", ["llama4_text", "llama4"])

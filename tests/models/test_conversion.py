@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from distillkit.data.chat import encode
 from distillkit.data.records import Record
@@ -167,6 +168,75 @@ def test_an_adapter_of_another_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"adapter can't be put on its base model .* peft says") as caught:
         prepare(str(tmp_path / "adapter"))
     assert "\n" not in str(caught.value)
+
+
+def lose(weights: dict[str, torch.Tensor]) -> None:
+    """A tensor that the configuration asks for."""
+    del weights["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
+
+
+def add_layer(weights: dict[str, torch.Tensor]) -> None:
+    """A tensor of a layer that the base model lacks."""
+    weights["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 32)
+
+
+def rename(weights: dict[str, torch.Tensor]) -> None:
+    """All tensors under the names of another wrapper."""
+    for name in list(weights):
+        weights[name.replace("base_model.model.", "")] = weights.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lose, r"1 of the adapter's tensors are missing .*layers\.1\.self_attn\.q_proj\.lora_B"),
+        (add_layer, r"1 of the adapter's tensors are not among those .*layers\.9"),
+        (rename, r"4 of the adapter's tensors are missing .* and 1 more"),
+    ],
+)
+def test_an_adapter_whose_tensors_are_not_those_of_its_config_is_refused(
+    edit: Any, message: str, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"), config)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=message):
+        prepare(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_without_its_weights_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"), config)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has an adapter_config\.json and no adapter_model\.safetensors: copy"):
+        prepare(str(tmp_path / "adapter"))
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+def test_an_adapter_that_peft_can_not_merge_is_one_line(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"), config)
+    with pytest.raises(ModelError, match=r"the adapter can't be merged into its base model .*base layer has no bias"):
+        prepare(str(tmp_path / "adapter"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"trainable_token_indices": [3, 5]},
+        {"layers_to_transform": [1]},
+    ],
+)
+def test_adapters_with_further_tensors_are_merged_with_all_of_them(settings: Any, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    expected = logits(save_adapter(tmp_path / "adapter", save_tiny(tmp_path / "base"), config))
+    torch.testing.assert_close(logits(Student(str(tmp_path / "adapter")).load()), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_that_merging_would_change_is_refused(tmp_path: Path) -> None:

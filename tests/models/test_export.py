@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
@@ -121,4 +122,8 @@ def test_the_type_of_a_source_is_that_of_its_config_or_else_of_its_weights(tmp_p
     assert stored_dtype(str(source), DEFAULT) == torch.bfloat16
     text = (source / "config.json").read_text()
     (source / "config.json").write_text(text.replace('"dtype": "bfloat16",', ""))
+    assert stored_dtype(str(source), DEFAULT) == torch.bfloat16
+    # Masks and counters come first by name in some checkpoints, such as GPT-Neo's.
+    weights = load_file(source / "model.safetensors")
+    save_file({"a.mask": torch.ones(2, dtype=torch.uint8), **weights}, source / "model.safetensors")
     assert stored_dtype(str(source), DEFAULT) == torch.bfloat16

@@ -4,17 +4,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlavaConfig, T5Config
 from transformers.utils import logging
 
 from distillkit.errors import ConfigError, ModelError
 from distillkit.generators.local import LocalGenerator
+from distillkit.models.export import check_export, export_model
 from distillkit.models.loading import compile_layers, load_model
 from distillkit.models.merging import merge_lora
 from distillkit.models.structure import decoder_layers
 from distillkit.models.student import Student
 from distillkit.teachers.transformers import TransformersTeacher
 from distillkit.testing.families import tiny_family
-from helpers.models import save_tiny, tiny_model
+from helpers.models import save_tiny, tiny_model, tiny_tokenizer
 
 TOKENS = torch.arange(2, 14).reshape(2, 6)
 
@@ -94,6 +96,109 @@ def test_more_layers_in_the_config_than_in_the_weights_are_refused(folder):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ModelError, match=r"9 of its tensors are missing.* and 6 more"):
         load_model(str(folder), "float32")
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_weights_with_code_are_refused_without_running_it(folder, capfd):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Code()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"\.bin file that holds more than tensors, .* Save the model as safetensors"):
+        load_model(str(folder), "float32")
+    assert "code ran" not in capfd.readouterr().out
+
+
+def edit_config(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("gpt_neo", "transformer.h.0.attn.attention.bias"),
+        ("gptj", "transformer.h.0.attn.masked_bias"),
+        ("codegen", "transformer.h.0.attn.causal_mask"),
+    ],
+)
+def test_causal_masks_that_transformers_once_saved_are_no_unexpected_tensors(name, mask, tmp_path):
+    model = tiny_family(name)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({mask: torch.ones(4, 4, dtype=torch.bool)}))
+    torch.testing.assert_close(load_model(str(tmp_path), "float32")(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_checkpoint_of_another_task_is_refused_by_the_name_of_its_class(tmp_path):
+    config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    message = r"lm_head\.weight\. .* It was saved from a LlamaForSequenceClassification, which may be no causal"
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path), "float32")
+
+
+def test_a_base_model_whose_embeddings_serve_as_its_head_is_named_in_a_warning(folder, caplog):
+    load_model(str(folder), "float32")
+    assert not caplog.records
+    tiny_model().model.save_pretrained(folder)
+    load_model(str(folder), "float32")
+    assert "was saved from a LlamaModel, which predicts no next token" in caplog.text
+
+
+@pytest.mark.parametrize("config", [T5Config(), LlavaConfig()])
+def test_a_model_without_a_causal_language_model_is_refused_in_one_short_line(folder, config):
+    config.save_pretrained(folder)
+    name = type(config).__name__.removesuffix("Config")
+    with pytest.raises(ModelError, match=f"model is a {name} model, of which transformers has no causal") as caught:
+        load_model(str(folder), "float32")
+    assert len(str(caught.value)) < 300 + len(str(folder))
+
+
+@pytest.mark.parametrize("setting", [{"return_dict": False}, {"output_attentions": True, "output_hidden_states": True}])
+def test_a_config_that_asks_for_other_outputs_is_used_for_what_it_computes(setting, folder, tmp_path):
+    expected = load_model(str(folder), "float32")
+    edit_config(folder, **setting)
+    model = Student(str(folder)).load().eval()
+    torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits)
+    tokenizer = tiny_tokenizer()
+    check_export(model, Student(str(folder)), tokenizer, tmp_path / "export")
+    export_model(model, Student(str(folder)), tokenizer, tmp_path / "export")
+    torch.testing.assert_close(load_model(str(tmp_path / "export"), "float32")(TOKENS).logits, expected(TOKENS).logits)
+
+
+def save_fp8(folder):
+    """A model whose projections are stored in 8 bits, with a scale for each block of 8 × 8."""
+    save_tiny(folder, tie_word_embeddings=False)
+
+    def quantise(weights):
+        for name in [name for name in weights if "_proj" in name]:
+            rows, columns = weights[name].shape
+            blocks = weights[name].view(rows // 8, 8, columns // 8, 8)
+            scale = blocks.abs().amax((1, 3)) / 448
+            weights[name] = (blocks / scale[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scale
+
+    edit_weights(folder, quantise)
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 8]}
+    edit_config(folder, quantization_config=quantization | {"modules_to_not_convert": ["lm_head"]})
+    return str(folder)
+
+
+def test_a_model_whose_eight_bit_weights_were_unpacked_is_exported_as_it_was_trained(tmp_path):
+    student = Student(save_fp8(tmp_path / "fp8"))
+    model = student.load().eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    export_model(model, student, tiny_tokenizer(), tmp_path / "export")
+    torch.testing.assert_close(load_model(str(tmp_path / "export"), "float32")(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_student_whose_weights_stay_quantised_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "is_quantized", True, raising=False)
+    with pytest.raises(ModelError, match=r"weights of LlamaForCausalLM are quantised, so they can't be trained"):
+        Student(str(folder)).load()
 
 
 @pytest.mark.parametrize(("name", "content"), [("config.json", "{"), ("model.safetensors", "short")])

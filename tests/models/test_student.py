@@ -53,6 +53,12 @@ def test_a_layer_that_the_model_lacks_is_refused_at_load(source):
         Student(source, keep_layers=[0, 4]).load()
 
 
+def test_a_model_that_can_not_checkpoint_its_gradient_is_refused_at_load(tmp_path):
+    tiny_family("ctrl").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"CTRLLMHeadModel does not support gradient checkpointing\. Leave"):
+        Student(str(tmp_path), gradient_checkpointing=True).load()
+
+
 def test_a_model_that_trains_on_rows_of_some_lengths_only_is_refused_at_load(tmp_path):
     tiny_family("reformer").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"^Reformer\w+ trains only on rows whose length .* can't be a student"):

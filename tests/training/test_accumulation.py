@@ -109,3 +109,11 @@ def test_batches_without_their_window_are_refused_when_a_step_has_several(
     several = Run(tmp_path, models, SkewKL(), accumulate=2)
     with pytest.raises(ConfigError, match="accumulate_grad_batches above 1 needs a loader that says which batches"):
         several.trainer.fit(several.module, plain)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_what_is_no_batch_is_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    run = Run(tmp_path, models, SkewKL(), accumulate=1)
+    loader = FixedLoader(list(Run(tmp_path, models, SkewKL(), 1).fit().data.train_dataloader()))
+    with pytest.raises(ConfigError, match=r"The data loader yields dict, not a Batch: use DistillData, or one loader"):
+        run.trainer.fit(run.module, {"first": loader, "second": loader})

@@ -48,6 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def two_groups(rate_of_norms: float) -> Any:
+    """An optimizer without weight decay for the norms, which have a learning rate of their own."""
+
+    def make(parameters: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay}
+        norms = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "lr": rate_of_norms}
+        return torch.optim.AdamW([matrices, norms], lr=lr)
+
+    return make
+
+
 class Run:
     """Two epochs of two steps of four prompts."""
 
@@ -162,6 +173,10 @@ SAID = {
     "schedule": ({"lr_schedule": "linear"}, ["model.lr_schedule: it was cosine and is linear"]),
     "weight decay": ({"decay": 0.5}, ["model.optimizer.weight_decay: it was 0.0 and is 0.5"]),
     "length": ({"max_epochs": 3}, ["trainer.max_epochs: it was 2 and is 3"]),
+    "kind of clipping": (
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        ["trainer.gradient_clip_algorithm: it was norm and is value"],
+    ),
     "clipping": ({"gradient_clip_val": 1.0}, ["trainer.gradient_clip_val: it was None and is 1.0"]),
 }
 
@@ -185,6 +200,58 @@ def test_a_learning_rate_takes_effect_on_its_schedule(
     assert whole.steps.rates[3] < whole.steps.rates[2] < 0.01, "a schedule that moves"
     assert run.steps.rates == pytest.approx({step: 10 * whole.steps.rates[step] for step in (2, 3)})
     assert [group["weight_decay"] for group in run.trainer.optimizers[0].param_groups] == [0.25]
+
+
+def test_each_parameter_group_has_its_settings_of_today(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Run(folder, tmp_path, optimizer=two_groups(0.02), decay=0.1, max_steps=2).fit().trainer.save_checkpoint(
+        path := tmp_path / "groups.ckpt"
+    )
+    run, said = resume(folder, path, tmp_path, caplog, optimizer=two_groups(0.04), decay=0.3, warmup=0.05)
+    assert "model.optimizer.weight_decay of parameter group 0: it was 0.1 and is 0.3" in said
+    assert "model.optimizer.lr of parameter group 1: it was 0.02 and is 0.04" in said
+    groups = run.trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [group["initial_lr"] for group in groups] == [0.01, 0.04]
+    assert run.trainer.lr_scheduler_configs[0].scheduler.base_lrs == [0.01, 0.04]
+
+
+def test_parameters_are_selected_for_a_checkpoint_as_for_training(folder: Path, tmp_path: Path) -> None:
+    def by_index(parameters: list[torch.nn.Parameter], **settings: float) -> torch.optim.Optimizer:
+        chosen = parameters[5]  # a single parameter in the student's place would not do
+        return torch.optim.AdamW([{"params": [chosen]}, {"params": [p for p in parameters if p is not chosen]}])
+
+    run = Run(folder, tmp_path, optimizer=by_index, max_steps=2).fit()
+    run.trainer.save_checkpoint(tmp_path / "index.ckpt")
+    resumed = Run(folder, tmp_path, optimizer=by_index).fit(tmp_path / "index.ckpt")
+    assert resumed.trainer.global_step == 4
+
+
+def test_a_tensor_as_learning_rate_is_that_of_the_factory_in_each_run(folder: Path, tmp_path: Path) -> None:
+    def run(rate: float | torch.Tensor, root: Path, path: Path | None = None, steps: int = -1) -> Run:
+        optimizer = partial(torch.optim.AdamW, foreach=False)  # a rate that is a tensor has the loop's rounding
+        schedule = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+        settings: dict[str, Any] = {"optimizer": optimizer, "lr_schedule": schedule, "max_steps": steps}
+        return Run(folder, root, lr=rate, **settings).fit(path)
+
+    rate = torch.tensor(0.01)
+    run(rate, tmp_path, steps=2).trainer.save_checkpoint(tmp_path / "tensor.ckpt")
+    assert float(rate) == pytest.approx(0.01), "a schedule changes the learning rate in place"
+    resumed, whole = run(rate, tmp_path, tmp_path / "tensor.ckpt"), run(0.01, tmp_path)
+    for step in (2, 3):
+        torch.testing.assert_close(resumed.steps.gradients[step], whole.steps.gradients[step], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_alone_are_no_run_to_go_on_with(folder: Path, tmp_path: Path) -> None:
+    Run(folder, tmp_path, max_steps=2).fit().trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ConfigError, match="saved with save_weights_only: it has no state of the optimizer"):
+        Run(folder, tmp_path).fit(tmp_path / "weights.ckpt")
+
+
+def test_an_epoch_that_was_begun_counts_as_one(folder: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is within epoch 1, and trainer\.max_epochs is 1: there is nothing"):
+        Run(folder, tmp_path, max_epochs=1).fit(saved["within"])
 
 
 def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(folder: Path, tmp_path: Path) -> None:
@@ -222,6 +289,12 @@ REFUSED = {
         "trained weights, such as .*lora_A",
     ),
     "fewer epochs": (lambda folder: {"max_epochs": 0}, ConfigError, r"from epoch 1, and trainer\.max_epochs is 0"),
+    "fewer steps": (lambda folder: {"max_steps": 1}, ConfigError, r"from step 2, and trainer\.max_steps is 1"),
+    "other parameter groups": (
+        lambda folder: {"optimizer": two_groups(0.01)},
+        ConfigError,
+        r"model\.optimizer was with parameter groups of the sizes \[\d+\] and is \[\d+, \d+\]",
+    ),
 }
 
 

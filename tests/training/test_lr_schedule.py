@@ -1,6 +1,7 @@
 """Learning-rate schedules: the built-in shapes, and schedulers of the user's own."""
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 import yaml
 from lightning import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 
 from distillkit import DistillData, DistillModule, Student
 from distillkit.callbacks import RunCheckpoint
@@ -18,6 +27,7 @@ from distillkit.cli.main import main
 from distillkit.curators.single import DatasetCurator
 from distillkit.errors import ConfigError
 from distillkit.losses import CrossEntropy
+from distillkit.training.lr_schedule import check_schedule
 from helpers.runs import QUIET, save_models, write_config, write_prompts
 
 ADAM = functools.partial(torch.optim.AdamW, lr=1.0)
@@ -95,6 +105,8 @@ def test_shapes_have_a_warm_up_of_five_percent_by_default() -> None:
         (torch.optim.lr_scheduler.ReduceLROnPlateau, "can't be ReduceLROnPlateau: it waits for a metric"),
         (functools.partial(ReduceLROnPlateau, monitor="val/kl"), "can't be ReduceLROnPlateau: it waits for a metric"),
         (lambda optimizer: None, "model.lr_schedule must return a scheduler of torch, got NoneType"),
+        (functools.partial(LinearLR, start_factor=0), "can't be made: Starting multiplicative factor expected"),
+        (functools.partial(LambdaLR, lr_lambda=math.exp), "LambdaLR can't be saved in a checkpoint"),
     ],
 )
 def test_what_is_no_schedule_by_steps_is_refused_before_a_model_is_loaded(
@@ -103,6 +115,29 @@ def test_what_is_no_schedule_by_steps_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(DistillModule, "configure_model", lambda self: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match=message):
         fit(folder, tmp_path, lr_schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        functools.partial(OneCycleLR, max_lr=1.0, total_steps=3),
+        lambda optimizer: SequentialLR(
+            optimizer, [ConstantLR(optimizer), OneCycleLR(optimizer, max_lr=1.0, total_steps=2)], [1]
+        ),
+    ],
+    ids=["alone", "in a sequence"],
+)
+def test_a_cycle_that_ends_before_the_run_is_refused(schedule: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"OneCycleLR has [23] steps .*, and the run takes [34] optimizer steps"):
+        fit(folder, tmp_path, lr_schedule=schedule)
+
+
+def test_an_optimizer_that_selects_parameters_has_a_scheduler(folder: Path, tmp_path: Path) -> None:
+    def by_index(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": [parameters[3]]}, {"params": parameters[4:]}], lr=1.0)
+
+    schedule = functools.partial(StepLR, step_size=1, gamma=0.5)
+    assert fit(folder, tmp_path, optimizer=by_index, lr_schedule=schedule) == [1, 0.5, 0.25, 0.125]
 
 
 def config(folder: Path, root: Path, schedule: Any) -> str:
@@ -153,3 +188,24 @@ def test_a_wrong_schedule_is_refused_in_one_line(
     assert error.count("\n") == 1
     assert message in error
     assert "typing" not in error
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "message"),
+    [
+        (functools.partial(torch.optim.AdamW, lr=-1.0), "cosine", r"model.optimizer .* Invalid learning rate: -1.0"),
+        (functools.partial(torch.optim.AdamW, betas=(0.9, 1.5)), "cosine", r"model.optimizer .* Invalid beta"),
+        (functools.partial(torch.optim.SGD, lr=0.1, nesterov=True), "cosine", r"model.optimizer .* Nesterov momentum"),
+        (ADAM, functools.partial(StepLR, step_size=0), r"model.lr_schedule .*ZeroDivisionError"),
+        (ADAM, functools.partial(CosineAnnealingLR, T_max=0), r"model.lr_schedule .*ZeroDivisionError"),
+        (ADAM, functools.partial(OneCycleLR, max_lr=1.0, total_steps=0), r"model.lr_schedule .*positive"),
+    ],
+)
+def test_settings_that_torch_refuses_are_one_line_before_a_model_is_loaded(optimizer, schedule, message):
+    with pytest.raises(ConfigError, match=message):
+        check_schedule(optimizer, schedule)
+
+
+def test_a_cycle_of_as_many_steps_as_the_run_comes_to_its_end(folder, tmp_path):
+    rates = fit(folder, tmp_path / "exact", lr_schedule=functools.partial(OneCycleLR, max_lr=1.0, total_steps=4))
+    assert len(rates) == 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning
 import pytest
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from distillkit import DistillData, DistillModule, Lora, Sampling, Student
 from distillkit.callbacks import Export, RunCheckpoint
@@ -16,9 +16,11 @@ from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.generators.transformers import TransformersGenerator
 from distillkit.losses import CrossEntropy, ForwardKL
 from distillkit.storage import dates
+from distillkit.storage.files import StoreFolder
 from distillkit.storage.merge import merge
 from distillkit.storage.responses import ResponseStore
 from distillkit.teachers.transformers import TransformersTeacher
+from distillkit.training.tokens import run_tokenizer
 from distillkit.workflows import export
 from helpers.models import CHAT_TEMPLATE, END_ID, tiny_model, tiny_tokenizer
 from helpers.runs import QUIET, write_prompts
@@ -109,6 +111,19 @@ def test_the_teachers_template_serves_both(tmp_path: Path, caplog: pytest.LogCap
     assert "brief" in module.tokenizer.chat_template
 
 
+def test_the_date_is_fixed_in_the_default_of_several_templates(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": DATED, "tool_use": "none"}
+    tokenizer.save_pretrained(tmp_path / "student")
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "student")
+    dates.write_date(StoreFolder(tmp_path / "store"), date(2024, 2, 29))
+    student = Student(str(tmp_path / "student"))
+    assert isinstance(student.tokenizer().chat_template, dict)
+    fixed = run_tokenizer(student, None, tmp_path / "store")
+    text = fixed.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == "29 Feb 2024\n<|im_start|>user\nHi<|im_end|>\n"
+
+
 def test_the_date_of_the_first_run_is_that_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Day(date):
         current = (2026, 11, 28)
@@ -155,6 +170,36 @@ def test_a_pair_with_other_added_tokens_is_trained_if_these_never_occur(tmp_path
         "`model.added_tokens: unused`."
     )
     fit(tmp_path / "unused", Student(student), teacher, added_tokens="unused")
+
+
+def test_tokens_without_logits_are_no_error_if_they_never_occur(tmp_path: Path) -> None:
+    # Gemma 3 has a token for images past its 262,144 logits, and many tuned Llamas an added padding token.
+    folders = []
+    for seed, name in enumerate(("student", "teacher")):
+        folders.append(save(tmp_path / name, added=("<image>", "very")))
+        tokenizer = AutoTokenizer.from_pretrained(folders[-1])
+        tokenizer.pad_token = "<image>"
+        tokenizer.save_pretrained(folders[-1])
+        tiny_model(321, seed=seed, eos_token_id=tokenizer.eos_token_id).save_pretrained(folders[-1])
+    with pytest.raises(ModelError, match=r"has 323 tokens and the models share 321 logits\. .*added_tokens: unused"):
+        fit(tmp_path / "strict", Student(folders[0]), folders[1])
+    with pytest.raises(
+        DataError, match=r"has the token 322, which is 'very' for the tokenizer and past the 321 logits"
+    ):
+        fit(tmp_path / "occurs", Student(folders[0]), folders[1], added_tokens="unused")
+    for folder in folders:
+        for file in Path(folder).glob("*token*.json"):
+            file.write_text(file.read_text().replace('"very"', '"<audio>"'))
+    for curator in (None, StudentCurator(Sampling(temperature=0.0, max_new_tokens=4))):
+        module = fit(tmp_path / "run", Student(folders[0]), folders[1], curator, added_tokens="unused")
+    assert module.tokenizer.pad_token_id == module.tokenizer.eos_token_id, "padding has an embedding"
+
+
+def test_an_end_token_without_a_logit_is_refused(tmp_path: Path) -> None:
+    student = save(tmp_path / "student")
+    tiny_model(320).save_pretrained(student)
+    with pytest.raises(ModelError, match="has 321 tokens and the models share 320 logits"):
+        fit(tmp_path / "run", Student(student), added_tokens="unused")
 
 
 def test_an_added_token_that_occurs_after_all_is_an_error(tmp_path: Path) -> None:

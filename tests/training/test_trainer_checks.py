@@ -1,5 +1,6 @@
 """Settings of the trainer that can't work are refused in one line, before a model is loaded."""
 
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from distillkit import DistillData, DistillModule, Student
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, DataError
 from distillkit.losses import CrossEntropy
 from helpers.runs import QUIET, MemoryLogger, save_models, write_prompts
 
@@ -67,6 +68,68 @@ def test_a_strategy_that_shards_is_refused(strategy: Any, tmp_path: Path, monkey
     model.trainer = trainer
     with pytest.raises(ConfigError, match=rf"trainer\.strategy: {strategy.__name__} is not supported.*Use `ddp`"):
         model.configure_callbacks()
+
+
+NUMBERS = {
+    "accumulate_grad_batches": (0, -1),
+    "check_val_every_n_epoch": (0, -2),
+    "val_check_interval": (0, 0.0),
+    "gradient_clip_val": (-1.0,),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_a_number_that_lightning_takes_and_can_not_use_is_refused(name: str, value: float, tmp_path: Path) -> None:
+    trainer = lightning.Trainer(**QUIET, **{name: value}, default_root_dir=tmp_path, max_epochs=1)
+    with pytest.raises(ConfigError, match=rf"trainer\.{name} must be .* 0, got {value}"):
+        trainer.fit(module(), DistillData("nothing.jsonl"))
+
+
+def test_a_static_graph_and_accumulation_are_refused_together(tmp_path: Path) -> None:
+    strategy = DDPStrategy(static_graph=True)
+    trainer = lightning.Trainer(
+        **QUIET, strategy=strategy, devices=2, accumulate_grad_batches=2, default_root_dir=tmp_path
+    )
+    model = module()
+    model.trainer = trainer
+    with pytest.raises(ConfigError, match=r"static_graph can't be used with trainer\.accumulate_grad_batches above 1"):
+        model.configure_callbacks()
+
+
+def checked(tmp_path: Path, callback: Any, val: str | None = "val.jsonl", **settings: Any) -> None:
+    """Runs the checks; the files of the data are not there, which is found next."""
+    trainer = lightning.Trainer(**QUIET, callbacks=[callback], default_root_dir=tmp_path, max_epochs=1)
+    with pytest.raises(DataError, match="nothing"):
+        trainer.fit(module(**settings), DistillData("./nothing.jsonl", val))
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, lambda monitor: ModelCheckpoint(monitor=monitor)])
+def test_a_metric_that_there_will_not_be_is_refused_before_training(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"monitors val/nll, and there are no held-out prompts: set data\.val"):
+        checked(tmp_path, kind("val/nll"), val=None)
+    with pytest.raises(ConfigError, match=r"monitors val/kl, which needs a teacher .* logs val/nll, val/rouge_l"):
+        checked(tmp_path, kind("val/kl"))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "words"),
+    [
+        ("val/loss", "min", r"monitors val/loss\. A run logs val/nll, val/rouge_l; another metric must be logged by"),
+        ("val/rouge_l", "min", r"takes the min of val/rouge_l for the best, and a larger one is better"),
+        ("val/nll", "max", r"takes the max of val/nll for the best, and a smaller one is better"),
+        ("val/nll", "min", r"^$"),
+        ("val/rouge_l", "max", r"^$"),
+        ("train/loss", "min", r"^$"),
+    ],
+)
+def test_a_metric_of_others_and_a_wrong_direction_are_said(
+    monitor: str, mode: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "distillkit"):
+        checked(tmp_path, EarlyStopping(monitor, mode=mode))
+    assert re.search(
+        words, "".join(record.getMessage() for record in caplog.records if record.name.startswith("distil"))
+    )
 
 
 def test_callbacks_that_watch_work_together(tmp_path: Path) -> None:

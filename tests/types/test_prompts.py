@@ -10,6 +10,7 @@ from distillkit.types import Prompt, Sampling
     ("settings", "message"),
     [
         ({"temperature": -0.1}, r"Sampling\.temperature must be at least 0 \(0 is greedy\), got -0\.1\."),
+        ({"temperature": 1e-38}, r"Sampling\.temperature must be 0 \(greedy\) or at least 1e-06, got 1e-38: .*"),
         ({"temperature": math.nan}, r"Sampling\.temperature must be at least 0 \(0 is greedy\), got nan\."),
         ({"top_p": 0.0}, r"Sampling\.top_p must lie in \(0, 1\], got 0\.0\."),
         ({"top_p": 1.5}, r"Sampling\.top_p must lie in \(0, 1\], got 1\.5\."),
@@ -24,6 +25,7 @@ def test_a_sampling_out_of_range_is_refused(settings, message):
 
 def test_the_ends_of_the_ranges_are_accepted():
     Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=1)
+    Sampling(temperature=1e-6)
 
 
 def test_an_excerpt_is_the_start_of_the_turn_to_be_answered():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distillkit.cli.main import main
+from distillkit.workflows.refusals import refused_by_class
 from helpers.runs import QUIET, save_models, write_config, write_prompts
 
 BASE = Path(__file__).parents[2] / "configs" / "base.yaml"
@@ -63,6 +64,31 @@ def test_callbacks_of_the_base_are_switched_off_by_settings_of_the_trainer(folde
     assert main(arguments(folder, tmp_path, *more)) == 0
     assert (root / "export" / "model.safetensors").exists()
     assert not (root / "checkpoints").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_bare_run_has_neither_loggers_nor_the_callbacks_that_it_refuses(folder: Path, tmp_path: Path) -> None:
+    more = ["--config", str(BASE), "--trainer.barebones=true", "--trainer.log_every_n_steps=null"]
+    without = {name: None for name in QUIET if name != "accelerator"}
+    assert main(arguments(folder, tmp_path, *more, **without)) == 0
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert not {"csv", "tensorboard", "checkpoints"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_variables_of_slurm_that_do_not_fit_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": "4", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert main(arguments(folder, tmp_path)) == 1
+    assert (
+        "error: trainer: Lightning can't make it with these settings: You set `--ntasks=4`" in capsys.readouterr().err
+    )
+
+
+def test_a_fault_of_a_class_keeps_its_traceback() -> None:
+    assert refused_by_class(TypeError("wrong")) is None
+    assert refused_by_class(AttributeError("wrong")) is None
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from distillkit.curators import Rounds, SampledCurator
 from distillkit.errors import check_range
 from distillkit.generators import CachedDecoder, decoded, sample_from, sampling_log_probs
 from distillkit.interfaces import Generator
-from distillkit.models import base_model, eos_ids, evaluating
-from distillkit.types import Prompts, Response, Sampling, Tokenizer
+from distillkit.models import base_model, eos_ids, evaluating, vocab_size
+from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 
 
 class MixtureGenerator(Generator):
@@ -58,7 +58,7 @@ class MixtureGenerator(Generator):
     def _generate_batch(self, prompts: Prompts, sampling: Sampling) -> list[Response]:
         """Responses of a batch; finished rows are removed from it."""
         device = base_model(self._models["student"]).device
-        vocab, max_length = len(self._tokenizer), sampling.max_new_tokens
+        vocab, max_length = vocab_size(self._tokenizer), sampling.max_new_tokens
         student, teacher = (CachedDecoder(self._models[name], vocab, lag=0) for name in ("student", "teacher"))
         width = max(len(prompt.input_ids) for prompt in prompts)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
@@ -88,16 +88,16 @@ class MixtureGenerator(Generator):
                     decoder.move(torch.tensor(alive, device=device), columns)
             ids = torch.cat([ids[alive], tokens[alive, None]], -1)
             mask = torch.cat([mask[alive], mask.new_ones(len(alive), 1)], -1)
-        return [self._response(prompt.id, pairs) for prompt, pairs in zip(prompts, generated, strict=True)]
+        return [self._response(prompt, pairs) for prompt, pairs in zip(prompts, generated, strict=True)]
 
     def _mixed(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """Log-probabilities of the mixture."""
         return (self.share * log_p.exp() + (1.0 - self.share) * log_q.exp()).log()
 
-    def _response(self, prompt_id: str, pairs: list[tuple[int, float]]) -> Response:
+    def _response(self, prompt: Prompt, pairs: list[tuple[int, float]]) -> Response:
         tokens, log_probs = zip(*pairs, strict=True)
-        text = decoded(self._tokenizer, tokens, self._ends)
-        return Response(prompt_id, tokens, text, "stop" if tokens[-1] in self._ends else "length", log_probs)
+        text = decoded(self._tokenizer, tokens, self._ends, prompt)
+        return Response(prompt.id, tokens, text, "stop" if tokens[-1] in self._ends else "length", log_probs)
 
 
 class MixtureCurator(SampledCurator):

@@ -82,6 +82,11 @@ class Budget(Callback):
             raise ConfigError(
                 f"trainer.max_epochs must be -1 with a limit in Budget, which ends the run, got {trainer.max_epochs}."
             )
+        for name in ("min_steps", "min_epochs"):  # Lightning sets the second if the first is set
+            if getattr(trainer, name):
+                raise ConfigError(
+                    f"trainer.{name} can't be used with a limit in Budget: training would go on after it. Leave it out."
+                )
         pl_module.use_progress(self._fraction_spent)
 
     def _fraction_spent(self, step: int) -> float:

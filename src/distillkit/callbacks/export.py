@@ -113,8 +113,12 @@ class Export(Callback):
                 names[1],
                 divergence,
             )
-        draw(read_metrics(root), root / CURVES, f"{type(pl_module.loss).__name__}: {root.name}", pl_module.schedules)
         _log.info("%s", summary(pl_module.history))
+        series = read_metrics(root)
+        if not series:  # of another logger, or of none
+            _log.info("The student is in %s. No curves are drawn: the run's folder has no CSV log.", folder)
+            return
+        draw(series, root / CURVES, f"{type(pl_module.loss).__name__}: {root.name}", pl_module.schedules)
         _log.info("The student is in %s, its curves in %s.", folder, root / CURVES)
 
     def _target(self, trainer: Trainer) -> Path:

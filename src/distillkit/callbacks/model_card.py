@@ -57,12 +57,20 @@ def model_card(module: "DistillModule", trainer: Trainer) -> str:
         "",
     ]
     if module.history:
-        first, last = module.history[0], module.history[-1]
-        lines += ["## Held-out metrics", "", "| metric | before | after |", "| --- | --- | --- |"]
-        both = [name for name in last if name != "step" and name in first]
-        lines += [f"| {_NAMES.get(name, name)} | {first[name]:.4g} | {last[name]:.4g} |" for name in both]
+        validations = [module.history[0], module.history[-1]][-len(module.history) :]
+        head = " | ".join(_time(int(values["step"]), trainer.global_step) for values in validations)
+        lines += ["## Held-out metrics", "", f"| metric | {head} |", "| --- |" + " --- |" * len(validations)]
+        for name in validations[-1]:
+            if name != "step" and name in validations[0]:
+                row = " | ".join(f"{values[name]:.4g}" for values in validations)
+                lines.append(f"| {_NAMES.get(name, name)} | {row} |")
     lines += ["", "The licences of the student's base model, the teacher and the prompts apply to this model.", ""]
     return "\n".join(lines)
+
+
+def _time(step: int, steps: int) -> str:
+    """When a validation took place, in a training of so many steps."""
+    return "before" if step == 0 else "after" if step == steps else f"at step {step} of {steps}"
 
 
 def _pruned(layers: list[int] | None) -> str:

@@ -16,10 +16,14 @@ _UNKNOWN = re.compile(
 )
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _TYPE = re.compile(
-    r"Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|typing\.Literal\[(?P<choices>[^\]]*)\]|(?P<text>[^.:]*))"
+    r"(?:Expected an?|Unexpected) (?:<class '(?:\w+\.)*(?P<name>\w+)'>|typing\.Literal\[(?P<choices>[^\]]*)\]"
+    r"|(?P<text>[^.:]*?)(?=, but got |[.:]|$))"
 )
 _FACTORY = re.compile(
     r"Type typing\.Callable.* expects a function or a callable class: (?P<reason>.*?)\.*(?: Got value: (?P<value>.*))?$"
+)
+_FACTORY_KEY = re.compile(
+    r"Type typing\.Callable.* expects a function or a callable class: Parser key \"(?P<name>[^\"]+)\":$"
 )
 _CLASS_PATH = re.compile(r"class_path='(?P<name>[\w.]+)'")
 _TYPE_NAMES = {
@@ -27,12 +31,19 @@ _TYPE_NAMES = {
     "bool": "true or false",
     "dict": "a mapping",
     "dot import path string": "the name of a part",
+    "import path format": "the name of a part",
     "float": "a number",
     "int": "an integer",
     "list": "a list",
     "str": "a text",
 }
-_VALUE = re.compile(r"(?:Got value|Given value): (?P<value>(?!NestedArg).*)")
+_VALUE = re.compile(
+    r"(?:Got value|Given value|dot import path string|import path format): (?P<value>(?!NestedArg).*?)"
+    r"(?:\. Got value: .*)?$",
+    re.MULTILINE,
+)
+_NO_TEXT = re.compile(r"True|False|-?(inf|nan|[\d.]+(e[+-]?\d+)?)|datetime\..*")
+"""What YAML reads unquoted texts such as `no`, `12e4567` and `2024-06-01` as."""
 _NOISE = re.compile(
     r"Does not validate|Subtypes: |Errors:$|Given value|Subclass types expect|a class path \(str\)|a dict with"
     r"|Expected a path but"
@@ -65,6 +76,11 @@ def explain(message: str, command: Command) -> str:
     required = _REQUIRED.search(message)
     if required is not None:
         keys = re.sub(r"\b\w+\.(?=(model|data|trainer)\b)", "", required["keys"])  # the verb is not a key
+        parents = [".".join(problem.keys) for problem in _problems(message) if _REQUIRED.search(problem.reason)]
+        if any(parents):
+            keys = ", ".join(f"{parents[0]}.{key}" for key in keys.split(", "))
+            origin = command.origin(parents[0])
+            keys = f"{origin}: {keys}" if origin else keys
         return f"{keys} must be set, in a config file or on the command line."
     problems = _problems(message)
     deepest = max(len(problem.keys) for problem in problems)
@@ -83,13 +99,15 @@ def _problems(message: str) -> list[_Problem]:
     problems = []
     for line in message.splitlines():
         text = line.lstrip(" -")
+        if not text:
+            continue
         indentation = len(line) - len(text)
         while branches and branches[-1][0] >= indentation:
             branches.pop()
-        for pattern in (_KEY, _CLASS):
+        for pattern in (_KEY, _CLASS, _FACTORY_KEY):
             match = pattern.match(text)
             if match is not None:
-                branches.append((indentation, match["name"], pattern is _KEY))
+                branches.append((indentation, match["name"], pattern is not _CLASS))
                 text = text[match.end() :].strip()
         if text and not _NOISE.match(text):
             keys = tuple(name for _, name, is_key in branches if is_key)
@@ -116,7 +134,10 @@ def _refusal(reasons: list[str], message: str) -> str:
     if words:
         return "; ".join(dict.fromkeys(filter(None, [expected, *words])))
     values = _VALUE.findall(message)
-    return f"{expected}, got {values[0]}." if values else f"{expected}."
+    if not values:
+        return f"{expected}."
+    advice = " Put it in quotes." if _TYPE_NAMES["str"] in types and _NO_TEXT.fullmatch(values[0]) else ""
+    return f"{expected}, got {values[0]}.{advice}"
 
 
 def _unknown(problem: _Problem, match: re.Match[str], command: Command) -> str:

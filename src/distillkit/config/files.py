@@ -188,6 +188,15 @@ def locate(path: str | Path) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
+SOURCES = ("train", "val", "test")
+"""Keys of `data` whose value is a source of prompts, or its path alone."""
+
+
+def as_source(value: object) -> object:
+    """The settings of a source that is named by its path, or by several, alone; any other value as it is."""
+    return {"path": value} if isinstance(value, str | list) else value
+
+
 def merge(below: Config, above: Config) -> Config:
     """Merges `above` over `below`, key by key. A part with a different `class_path` is replaced as a whole."""
     if "class_path" in above and above["class_path"] != below.get("class_path"):
@@ -199,6 +208,8 @@ def merge(below: Config, above: Config) -> Config:
             value = base  # the same part, by its name alone
         if isinstance(base, str) and isinstance(value, dict) and "init_args" in value and "class_path" not in value:
             base = {"class_path": base}
+        elif key in SOURCES and isinstance(value, dict) and not value.keys() & {"class_path", "init_args", "path"}:
+            base = as_source(base)
         merged[key] = merge(base, value) if isinstance(base, dict) and isinstance(value, dict) else value
     return merged
 

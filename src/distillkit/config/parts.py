@@ -11,21 +11,22 @@ from pathlib import Path
 from distillkit import registry
 from distillkit.config import files
 from distillkit.config.command import Command
-from distillkit.errors import PluginError
+from distillkit.errors import ConfigError, PluginError
 
 
 def import_parts(command: Command) -> None:
     """Imports the installed parts that a command names, so that the parser finds their short names.
 
     Raises:
+        ConfigError: If a setting is null that can't be: the parser passes over null.
         PluginError: If no part with the name is installed, several parts have it, or its import fails.
     """
     if any(argument in ("-h", "--help") or argument.endswith(".help") for argument in command.arguments):
         for kind in registry.KINDS:
             registry.load_all(kind)  # help lists all parts
-    finder = _Finder(command)
     # A part that an argument replaces is parsed too, so its class must be known as well.
-    for content in (command.content(), command.config.content):
+    for content, is_final in ((command.content(), True), (command.config.content, False)):
+        finder = _Finder(command, refuses_null=is_final)
         for key, value in content.items():
             finder.visit(value, command.roots.get(key), key)
 
@@ -62,7 +63,7 @@ def members(annotation: object) -> Iterator[object]:
     elif origin is typing.Annotated:
         yield from members(arguments[0])
     elif origin is collections.abc.Callable:
-        yield from members(arguments[-1])
+        yield from members(arguments[-1] if arguments else None)
     elif annotation is not None:
         yield annotation
 
@@ -83,10 +84,11 @@ class _Finder:
 
     Args:
         command: The command.
+        refuses_null: Whether a null in a setting that can't be null is an error.
     """
 
-    def __init__(self, command: Command) -> None:
-        self.command = command
+    def __init__(self, command: Command, refuses_null: bool) -> None:
+        self.command, self.refuses_null = command, refuses_null
         self.kinds: dict[str, list[str]] = {}  # of the installed parts, by name
         for entry in registry.entries():
             self.kinds.setdefault(entry.name, []).append(entry.kind)
@@ -117,6 +119,10 @@ class _Finder:
             if isinstance(settings, dict):
                 types_by_key = {key: hint for part in classes for key, hint in part_types(part).items()}
                 for key, item in settings.items():
+                    owners = [part for part in classes if key in part_types(part)]
+                    if item is None and self.refuses_null and owners and not any(_takes_null(p, key) for p in owners):
+                        where = self.command.located(f"{path}.{key}")
+                        raise ConfigError(f"{where} can't be null. Set it, or leave it out for its default.")
                     self.visit(item, types_by_key.get(key, items(annotation)), f"{path}.{key}")
 
     def _find(self, name: str, classes: list[type], path: str) -> type | None:
@@ -132,6 +138,23 @@ class _Finder:
             return registry.get(kind or accepted[0], name)
         except PluginError as error:
             raise PluginError(f"{self.command.located(path)}: {error}") from error.__cause__
+
+
+def _takes_null(part: type, name: str) -> bool:
+    """True unless a class has a parameter of this name whose type leaves out null; Lightning reads null as it likes."""
+    kinds = list(members(part_types(part).get(name)))
+    if not kinds or part.__module__.startswith("lightning."):
+        return True
+    return any(kind in (types.NoneType, typing.Any, object) for kind in kinds) or _default(part, name) is None
+
+
+def _default(part: type, name: str) -> object:
+    """The default of a parameter of a class's constructor, or of that of a base class."""
+    for owner in part.__mro__:
+        parameters = inspect.signature(vars(owner)["__init__"]).parameters if "__init__" in vars(owner) else {}
+        if name in parameters:
+            return parameters[name].default
+    return inspect.Parameter.empty
 
 
 def _located(path: str) -> type | None:

@@ -2,12 +2,24 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from distillkit.data.records import Invalid
-from distillkit.data.template_spans import Ids, assistant_spans, decode, render, tokenise, tokenise_cut, turn_span
+from distillkit.data.template_spans import (
+    ClosedThoughtError,
+    Ids,
+    assistant_spans,
+    decode,
+    render,
+    require_written,
+    tokenise,
+    tokenise_cut,
+    turn_span,
+    unprompted_start,
+)
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Message, Prompt, Record, Tokenizer
 
@@ -27,6 +39,7 @@ class EncodeReport:
         overlong: Records left out because they are longer than `max_length`, each with its origin and length.
         unended: Encoded responses without an end-of-turn token: the student can't learn to stop from them.
         problems: Errors of the records left out because they can't be encoded.
+        inner_ends: Encoded last responses with an end-of-turn token before their end, as a text that quotes one has.
     """
 
     num_prompts: int
@@ -34,6 +47,7 @@ class EncodeReport:
     overlong: tuple[str, ...]
     unended: int
     problems: tuple[str, ...] = ()
+    inner_ends: int = 0
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -46,6 +60,7 @@ class EncodeReport:
             "left out as longer than data.max_length": len(self.overlong),
             "left out since they can't be encoded": len(self.problems),
             "responses without an end-of-turn token (the student can't learn to stop from them)": self.unended,
+            "responses whose text has an end-of-turn token (the student learns to go on after it)": self.inner_ends,
         }
         return "; ".join(
             [f"{self.num_prompts} prompts", *(f"{count} {note}" for note, count in notes.items() if count)]
@@ -53,19 +68,25 @@ class EncodeReport:
 
 
 def require_chat_template(tokenizer: Tokenizer, chat: bool) -> None:
-    """Refuses chat prompts for a tokenizer without a chat template.
+    """Refuses chat prompts for a tokenizer without a chat template, or with one that does not begin an answer.
 
     Args:
         tokenizer: A transformers tokenizer.
         chat: Whether prompts go through the template.
 
     Raises:
-        ModelError: If `chat` is True and there is none.
+        ModelError: If `chat` is True and there is no such template.
     """
     if chat and not tokenizer.chat_template:
         raise ModelError(
             f"The tokenizer {tokenizer.name_or_path} has no chat template: set `data.chat: false` for plain-text "
             "prompts, or give the student a template with `model.student.chat_template`."
+        )
+    if chat and (start := unprompted_start(tokenizer)):
+        raise ModelError(
+            f"The chat template of {tokenizer.name_or_path} writes {start!r} before an answer, but not at the end of a "
+            "prompt (`add_generation_prompt`): answers would begin with it. Correct the template, or choose another "
+            "with `model.student.chat_template`."
         )
 
 
@@ -119,8 +140,11 @@ def encode_all(
             prompts[prompt.id] = prompt
     references = [prompt.reference_ids for prompt in prompts.values() if prompt.reference_ids]
     unended = sum(ids[-1] not in eos_ids for ids in references)
+    ends = frozenset(eos_ids)
+    response_ids = [prompt.reference_ids[len(prompt.input_ids) :] for prompt in prompts.values()]
+    inner_ends = sum(not ends.isdisjoint(ids[:-1]) for ids in response_ids)
     left_out = tuple(duplicates), tuple(too_long), unended, tuple(problems)
-    return list(prompts.values()), EncodeReport(len(prompts), *left_out)
+    return list(prompts.values()), EncodeReport(len(prompts), *left_out, inner_ends)
 
 
 def _response_id(prompt: Prompt) -> str:
@@ -207,7 +231,13 @@ def encode_response(
     if is_chat:
         ends = [decode(tokenizer, [token]) for token in eos_ids]
         answer = {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
-        until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
+        try:
+            until, start, end = turn_span((*prompt.messages, answer), len(prompt.messages), tokenizer, ends, origin)
+        except ClosedThoughtError:
+            if ended or reasoning:
+                raise
+            cut = re.sub(r"\s*[<\[][^>\]]*[>\]]", "", text, count=1)  # cut within its thought
+            return encode_response(prompt, "", False, tokenizer, eos_ids, cut)
         before, turn = until[:start], until[start:end]
         if not ended and reasoning and not text:
             turn = turn[: turn.find(reasoning.strip()) + len(reasoning.strip())]
@@ -219,7 +249,19 @@ def encode_response(
     if turn:
         joined, bounds = tokenise_cut(before + turn, [len(before), len(before) + len(turn)], tokenizer, origin)
         ids = joined[bounds[0] :]
-    return (*ids, eos_ids[0]) if ended and not is_chat else ids
+    return _ended(ids, eos_ids) if ended and not is_chat else ids
+
+
+def is_plain_text(prompt: Prompt, tokenizer: Tokenizer) -> bool:
+    """True if the prompt's tokens are its text, and not its messages in a chat template.
+
+    Args:
+        prompt: The prompt, from `encode` with the same tokenizer.
+        tokenizer: A transformers tokenizer.
+    """
+    if len(prompt.messages) != 1:
+        return False
+    return not tokenizer.chat_template or decode(tokenizer, prompt.input_ids).endswith(prompt.messages[0]["content"])
 
 
 def _is_rendered(prompt: Prompt, tokenizer: Tokenizer, origin: str) -> bool:
@@ -239,7 +281,9 @@ def _encode_chat(
     messages: Sequence[Message], untrained: frozenset[int], tokenizer: Tokenizer, eos_ids: Ids, origin: str
 ) -> Encoded:
     if messages[-1]["role"] == "user":
-        return tokenise(tokenizer, [render(messages, tokenizer, True, origin)])[0], (), ()
+        prompt = render(messages, tokenizer, True, origin)
+        require_written(messages, prompt, tokenizer, True, origin)
+        return tokenise(tokenizer, [prompt])[0], (), ()
     text, cuts = assistant_spans(messages, tokenizer, eos_ids, origin)
     reference_ids, bounds = tokenise_cut(text, cuts, tokenizer, origin)
     turns = (index for index, message in enumerate(messages) if message["role"] == "assistant")
@@ -267,14 +311,23 @@ def _encode_plain(messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Id
         )
     text = prompt + messages[1]["content"]
     ids, bounds = tokenise_cut(text, [len(prompt), len(text)], tokenizer, origin)
-    bounds_of_response = len(first) + bounds[0], len(first) + bounds[1] + 1
-    return input_ids, (*first, *ids, eos_ids[0]), _mask(bounds_of_response)
+    reference_ids = (*first, *_ended(ids, eos_ids))
+    return input_ids, reference_ids, _mask((len(first) + bounds[0], len(reference_ids)))
+
+
+def _ended(ids: Ids, eos_ids: Ids) -> Ids:
+    """The tokens of a response with an end of turn, which its text may contain already."""
+    return ids if ids and ids[-1] in eos_ids else (*ids, eos_ids[0])
 
 
 def _first_ids(text: str, tokenizer: Tokenizer) -> Ids:
-    """The special tokens that the tokenizer adds before a text; those it adds after the text are ignored."""
+    """The special tokens that the tokenizer adds before a text, unless the text begins with them.
+
+    Those that it adds after the text are ignored.
+    """
     ids, bare = tuple(tokenizer(text, verbose=False)["input_ids"]), tokenise(tokenizer, [text])[0]
-    return next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
+    first: Ids = next((ids[:start] for start in range(len(ids)) if ids[start : start + len(bare)] == bare), ())
+    return () if bare[: len(first)] == first else first
 
 
 def _mask(bounds: Sequence[int], trained: Sequence[bool] = (True,)) -> tuple[bool, ...]:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
@@ -23,7 +24,11 @@ TEACHER = "teacher"
 
 _FOLDER = Path(__file__).parent / "jinja"
 _MARKS = re.compile(r"<[|｜][^|｜\s]+[|｜]>|<(?:start|end)_of_turn>")
-_RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "tokenize", "strftime_now")
+_RESERVED = (
+    *("messages", "add_generation_prompt", "continue_final_message", "tokenize", "tools", "documents"),
+    *("strftime_now", "raise_exception", *DEFAULT_NAMESPACE),
+)
+"""Variables that transformers or Jinja sets, so that another default would have no effect."""
 
 
 def ready_templates() -> list[str]:
@@ -49,7 +54,10 @@ def check_template(name: str, template: str | None, arguments: Mapping[str, obje
         )
     for key, value in (arguments or {}).items():
         if not key.isidentifier() or key in _RESERVED:
-            raise ConfigError(f"{name}.template_kwargs can't set {key!r}: name a variable of the chat template.")
+            raise ConfigError(
+                f"{name}.template_kwargs can't set {key!r}: name a variable of the chat template that transformers "
+                "does not set itself."
+            )
         _literal(value, f"{name}.template_kwargs.{key}")
 
 

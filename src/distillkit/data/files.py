@@ -7,7 +7,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,10 +81,7 @@ def csv_rows(file: Path, name: str) -> Rows:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise DataError(
-                    f"{name} names a column twice in its header, {', '.join(map(repr, header))[:500]}; rename one."
-                )
+            _refuse_repetition(header, name, "header")
             for row_number, cells in enumerate(reader, start=1):
                 row: object = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
@@ -99,6 +96,13 @@ def csv_rows(file: Path, name: str) -> Rows:
         raise DataError(f"{name} row {row_number + 1} is not valid CSV: {error}; correct it or use JSONL.") from error
 
 
+def _refuse_repetition(columns: Sequence[str], name: str, noun: str) -> None:
+    """Refuses a table of which two columns have the same name, since a row can hold only one of them."""
+    if len(set(columns)) < len(columns):
+        names = ", ".join(map(repr, columns))[:500]
+        raise DataError(f"{name} names a column twice in its {noun}, {names}; rename one.")
+
+
 def parquet_rows(file: Path, name: str) -> Rows:
     """The rows of a Parquet file as dictionaries."""
     import pyarrow as pa  # slow to import, and JSONL does not need it
@@ -107,6 +111,7 @@ def parquet_rows(file: Path, name: str) -> Rows:
     first = 1
     try:
         with pq.ParquetFile(file) as table:
+            _refuse_repetition(table.schema_arrow.names, name, "schema")
             for batch in table.iter_batches():
                 yield from _batch_rows(batch, first, name)
                 first += batch.num_rows

@@ -70,9 +70,18 @@ def read_row(row: object, origin: str, columns: Columns) -> Record:
     else:
         turns = _history(row.pop("history", None), f"{origin}, history")
         turns += _text_or_messages(_prompt(row, origin, columns), "user", f"{origin}, {columns.prompt}")
-        if row.get(columns.response) is not None:
+        answered = row.get(columns.response) is not None
+        if turns[-1].message["role"] == "assistant" and not answered:
+            raise DataError(
+                f"{turns[-1].origin} is the start of an answer, which can't be continued; leave the turn out, or name "
+                "a whole conversation with messages_column."
+            )
+        if answered:
             turns += _text_or_messages(row[columns.response], "assistant", f"{origin}, {columns.response}")
-    if system := row.pop("system", None):
+            if turns[-1].message["role"] == "user":
+                raise DataError(f"{turns[-1].origin} is a user turn that ends a response; end it with an answer.")
+    system = row.pop("system", None)
+    if not _is_empty(system):
         turns.insert(0, _Turn(_message("system", system), f"{origin}, system"))
     finish = row.pop("finish", None)
     if finish not in (None, "stop", "length"):
@@ -95,7 +104,7 @@ def _prompt(row: dict[str, object], origin: str, columns: Columns) -> object:
         )
     if columns.prompt == "instruction" and "input" in row:
         addition = row.pop("input")
-        if addition:
+        if not _is_empty(addition):
             return f"{_text(prompt, 'user', f'{origin}, instruction')}\n\n{_text(addition, 'user', f'{origin}, input')}"
     return prompt
 
@@ -121,7 +130,7 @@ def _message(role: str, content: object) -> dict[str, object]:
 
 def _history(value: object, origin: str) -> list[_Turn]:
     """The turns of a history, a list of pairs of a prompt and its response."""
-    if not value:
+    if _is_empty(value):
         return []
     pairs = value if isinstance(value, list) else [None]
     turns = []
@@ -157,8 +166,8 @@ def _refuse_unused(keys: Mapping[str, object], used: Container[str], origin: str
 
 
 def _is_empty(value: object) -> bool:
-    """True for what files of one schema for all rows put where a row has nothing."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+    """True for what files of one schema for all rows put where a row has nothing. False is a value: `loss: false`."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _conversation(turns: Sequence[_Turn], origin: str, columns: Columns, ended: bool) -> Record:
@@ -211,7 +220,7 @@ def _is_trained(keys: Mapping[str, object], role: str, origin: str) -> bool:
 
 def _reasoning(keys: Mapping[str, object], role: str, is_last: bool, origin: str) -> str:
     """The reasoning before an answer; empty if there is none."""
-    texts = [keys[name] for name in _REASONING if keys.get(name)]
+    texts = [keys[name] for name in _REASONING if not _is_empty(keys.get(name))]
     if not texts:
         return ""
     if role != "assistant" or not is_last or len(texts) > 1:

@@ -4,6 +4,7 @@ Spans come from positions in the text, never from token ids: they are correct wh
 token, when the template trims the content, and when a user quotes a special token.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -13,6 +14,17 @@ from distillkit.errors import DataError
 from distillkit.types import Message, Tokenizer
 
 Ids = tuple[int, ...]
+
+_QUESTION, _ANSWER = "QZXJWVKQ", "WVKQZXJA"
+"""Contents of messages that no template has in its text."""
+
+
+_OPENING = re.compile(r"\s*([<\[])([\w:]+[>\]])")
+"""The tag that opens a thought, such as `<think>` or `[THINK]`."""
+
+
+class ClosedThoughtError(DataError):
+    """A chat template writes a closed thought before an answer that begins with one."""
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool, origin: str) -> str:
@@ -40,6 +52,34 @@ def _for_template(message: Message) -> dict[str, str]:
     return dict(message) | ({"reasoning": reasoning, "thinking": reasoning} if reasoning else {})
 
 
+def require_written(
+    messages: Sequence[Message], text: str, tokenizer: Tokenizer, generation_prompt: bool, origin: str
+) -> None:
+    """Refuses a chat template that renders a message as nothing.
+
+    A message that the text does not show may still have an effect, such as a system message that switches thinking off
+    or an earlier answer whose thought is left out: then another one in its place gives another text.
+
+    Raises:
+        DataError: If a message has no effect on the text.
+    """
+    for index, message in enumerate(messages):
+        if message["content"].strip() in text:
+            continue
+        replaced = list(messages)
+        replaced[index] = {**message, "content": _QUESTION}
+        try:
+            unchanged = render(replaced, tokenizer, generation_prompt, origin) == text
+        except DataError:  # it looks at the content
+            continue
+        if unchanged:
+            raise DataError(
+                f"{origin}: the chat template of {tokenizer.name_or_path} does not write the {message['role']} message "
+                f"{message['content'].strip()[:40]!r}: choose one that does (`model.student.chat_template`), or leave "
+                "the message out."
+            )
+
+
 def assistant_spans(
     messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Ids, origin: str
 ) -> tuple[str, list[int]]:
@@ -57,6 +97,7 @@ def assistant_spans(
         if not full.startswith(until[:end]):
             raise _rewritten(messages, index, tokenizer, origin)
         cuts += [start, end]
+    require_written(messages, full, tokenizer, False, origin)
     return full[: cuts[-1]], cuts
 
 
@@ -66,11 +107,8 @@ def turn_span(
     """The conversation rendered up to the assistant's turn `index`, and where that turn starts and ends in it."""
     before = render(messages[:index], tokenizer, True, origin)
     until = render(messages[: index + 1], tokenizer, False, origin)
-    turn, content, reasoning = (
-        until[len(before) :],
-        messages[index]["content"],
-        messages[index].get("reasoning_content"),
-    )
+    turn, reasoning = until[len(before) :], messages[index].get("reasoning_content")
+    content = _without_ends(messages[index]["content"], ends)  # one of its own is the end of the turn
     start = 0
     if reasoning:
         if reasoning.strip() not in turn:
@@ -79,13 +117,23 @@ def turn_span(
                 "choose one that does, or remove the reasoning."
             )
         start = turn.find(reasoning.strip()) + len(reasoning.strip())
-    end = len(before) + start + _end_of_turn(turn[start:], content, ends)
-    if not until.startswith(before) or end == len(before):
+    if not until.startswith(before) or not turn.rstrip():
         raise _rewritten(messages, index, tokenizer, origin)
-    return until, len(before), end
-
-
-_QUESTION, _ANSWER = "QZXJWVKQ", "WVKQZXJA"
+    after = _end_of_content(before if not reasoning else "", turn[start:], content)
+    if after is None:
+        raise DataError(
+            f"{origin}: the chat template of {tokenizer.name_or_path} does not write the whole of assistant turn "
+            f"{_turn_number(messages, index)}, as one that leaves out what stands before `</think>`: choose one that "
+            "does (`model.student.chat_template`), or change the answer."
+        )
+    thought = _OPENING.match(content)
+    if thought and f"{thought[1]}/{thought[2]}" in turn[: max(0, start + after - len(content))]:
+        raise ClosedThoughtError(
+            f"{origin}: the chat template of {tokenizer.name_or_path} closes a thought before assistant turn "
+            f"{_turn_number(messages, index)}, which begins with one: choose a template that does not "
+            "(`model.student.chat_template`), or write the thought as reasoning_content."
+        )
+    return until, len(before), len(before) + start + _end_of_turn(turn[start:], after, ends)
 
 
 def template_end(tokenizer: Tokenizer) -> int | None:
@@ -97,18 +145,40 @@ def template_end(tokenizer: Tokenizer) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+    text = _sample(tokenizer, 2)
+    if text is None:
+        return None
+    if _ANSWER not in text:  # as templates of content in parts, which write nothing of a text
         return None
     after = text.rpartition(_ANSWER)[2].lstrip()
     added = {token: token_id for token, token_id in tokenizer.get_added_vocab().items() if after.startswith(token)}
     return added[max(added, key=len)] if added else None
 
 
+def unprompted_start(tokenizer: Tokenizer) -> str:
+    """What the chat template writes before an assistant's answer and leaves out at the end of a prompt.
+
+    Returns:
+        Such as `<|im_start|>assistant`, for a template that does not know `add_generation_prompt`; otherwise empty.
+    """
+    prompt, prompted, answered = (_sample(tokenizer, *arguments) for arguments in ((1,), (1, True), (2,)))
+    if prompt is None or prompt != prompted or answered is None or not answered.startswith(prompt):
+        return ""
+    return answered[len(prompt) :].partition(_ANSWER)[0].strip()
+
+
+def _sample(tokenizer: Tokenizer, turns: int, generation_prompt: bool = False) -> str | None:
+    """A question, and its answer if there are two turns, in the chat template; None if it refuses them."""
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}][:turns]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception:  # as any program, or ValueError: only templates with names, and none is the default
+        return None
+    return text
+
+
 def _rewritten(messages: Sequence[Message], index: int, tokenizer: Tokenizer, origin: str) -> DataError:
-    turn_number = sum(message["role"] == "assistant" for message in messages[: index + 1])
+    turn_number = _turn_number(messages, index)
     return DataError(
         f"{origin}: the chat template of {tokenizer.name_or_path} renders assistant turn {turn_number} differently "
         "from a model's continuation of its prompt, so it can't be trained on: choose a template that only appends "
@@ -116,15 +186,38 @@ def _rewritten(messages: Sequence[Message], index: int, tokenizer: Tokenizer, or
     )
 
 
-def _end_of_turn(turn: str, content: str, ends: Sequence[str]) -> int:
-    """The end of an assistant's turn in its rendered text: after the first end-of-turn token that follows the content.
+def _turn_number(messages: Sequence[Message], index: int) -> int:
+    """The number of the assistant's turn `index` among its turns."""
+    return sum(message["role"] == "assistant" for message in messages[: index + 1])
 
-    If the template trimmed the content, it is searched without outer whitespace; if rewritten, it is not searched.
+
+def _end_of_content(before: str, turn: str, content: str) -> int | None:
+    """Where the content ends in the rendered text of its turn; None if the template does not write the whole of it.
+
+    A template may trim the content, change its whitespace, or open a thought in the prompt with which the content
+    begins.
     """
     rendered = content if content in turn else content.strip()
-    after = turn.find(rendered) + len(rendered) if rendered in turn else 0
+    if rendered in turn:
+        return turn.find(rendered) + len(rendered)
+    squeezed, opening = "".join(content.split()), "".join(before[-len(content) :].split())
+    positions = [position for position, character in enumerate(turn) if not character.isspace()]
+    text = opening + "".join(turn[position] for position in positions)
+    start = text.find(squeezed, max(0, len(opening) - len(squeezed) + 1))
+    return None if start < 0 else positions[start + len(squeezed) - len(opening) - 1] + 1
+
+
+def _end_of_turn(turn: str, after: int, ends: Sequence[str]) -> int:
+    """The end of an assistant's turn in its rendered text: after the first end-of-turn token that follows `after`."""
     spans = [(start, start + len(end)) for end in ends if end and (start := turn.find(end, after)) >= 0]
     return min(spans)[1] if spans else len(turn.rstrip())
+
+
+def _without_ends(content: str, ends: Sequence[str]) -> str:
+    """A content without the end-of-turn tokens at its end, and the whitespace between them."""
+    text = content.rstrip()
+    end = next((end for end in ends if end.strip() and text.endswith(end)), None)
+    return content if end is None else _without_ends(text.removesuffix(end), ends)
 
 
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:

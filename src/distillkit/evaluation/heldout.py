@@ -85,6 +85,14 @@ class HeldOut:
                 raise ConfigError(f"model.metrics can't have the name {name!r}: {reason}.")
         self.verifiers = dict(verifiers)
 
+    def names(self, with_teacher: bool) -> list[str]:
+        """Names of the metrics.
+
+        Args:
+            with_teacher: Whether there is a teacher with the student's tokenizer.
+        """
+        return [*(("kl", "acceptance") if with_teacher else ()), "nll", "rouge_l", *self.verifiers]
+
     @property
     def needs_reference(self) -> bool:
         """True if every held-out prompt must come with a response."""

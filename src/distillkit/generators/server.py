@@ -19,7 +19,7 @@ from distillkit.errors import ConfigError, DistillKitError, GenerationError, Mod
 from distillkit.generators.progress import token_bar
 from distillkit.generators.texts import as_response, decoded
 from distillkit.interfaces import Generator
-from distillkit.models.tokenizers import eos_ids
+from distillkit.models.tokenizers import eos_ids, vocab_size
 from distillkit.remote.http import Client, MissingError, StoppedError, TransientError, check_url, check_variable
 from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 
@@ -280,10 +280,10 @@ class ServerGenerator(Generator):
             return Response(prompt.id, (), "", "length")
         if completion.token_ids is None:
             return as_response(prompt, completion.text, ended, self._tokenizer, self._eos, limit, completion.reasoning)
-        if max(completion.token_ids, default=0) >= len(self._tokenizer):
+        if max(completion.token_ids, default=0) >= vocab_size(self._tokenizer):
             raise ModelError(self._tokenizer_mismatch())
         ids = completion.token_ids[:limit]
-        text = decoded(self._tokenizer, ids, self._eos)
+        text = decoded(self._tokenizer, ids, self._eos, prompt)
         finish: Literal["stop", "length"] = "stop" if ended and len(ids) == len(completion.token_ids) else "length"
         return Response(prompt.id, ids, text, finish, completion.log_probs[:limit])
 

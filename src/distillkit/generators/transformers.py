@@ -24,7 +24,7 @@ from distillkit.models.heads import output_head
 from distillkit.models.loading import DTYPES
 from distillkit.models.modes import evaluating
 from distillkit.models.structure import base_model
-from distillkit.models.tokenizers import eos_ids
+from distillkit.models.tokenizers import eos_ids, vocab_size
 from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 
 
@@ -87,11 +87,12 @@ class TransformersGenerator(Generator):
         self.batch_size, self.dtype, self.progress = batch_size, dtype, progress
         self._copy: nn.Module | None = None
         self._eos: tuple[int, ...] = ()
+        self._vocab = 0
 
     def refresh(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         """Takes the current weights of `model`: shares them, or copies them if the types differ."""
         base = base_model(model)
-        self._tokenizer, self._eos = tokenizer, eos_ids(tokenizer, base)
+        self._tokenizer, self._eos, self._vocab = tokenizer, eos_ids(tokenizer, base), vocab_size(tokenizer)
         dtype = base.dtype if self.dtype is None else fast_dtype(DTYPES[self.dtype], base.device)
         if dtype == base.dtype:
             self._model, self._copy = model, None
@@ -142,7 +143,7 @@ class TransformersGenerator(Generator):
         capabilities(self._model).positions.check(prompt + new_tokens, type(base_model(self._model)).__name__, what)
 
     def _response(self, prompt: Prompt, row: _Row) -> Response:
-        text = decoded(self._tokenizer, row.tokens, self._eos)
+        text = decoded(self._tokenizer, row.tokens, self._eos, prompt)
         finish: Literal["stop", "length"] = "stop" if row.ended else "length"
         return Response(prompt.id, tuple(row.tokens), text, finish, tuple(row.log_probs))
 
@@ -161,7 +162,7 @@ class TransformersGenerator(Generator):
 
     def _generate_group(self, members: Sequence[_Row], limits: Sequence[int], sampling: Sampling) -> None:
         """Adds up to `limits` tokens to each row of a group, until its turn ends."""
-        head, device = output_head(self._model, len(self._tokenizer)), base_model(self._model).device
+        head, device = output_head(self._model, self._vocab), base_model(self._model).device
         longest, count = max(limits), len(members)
         uniform = torch.stack([pad(row.uniform[len(row.tokens) :], (0, len(row.tokens))) for row in members])
         uniform = uniform.to(device, exact_dtype(device))

@@ -8,3 +8,4 @@ from .student import Student as Student
 from .tokenizers import eos_ids as eos_ids
 from .tokenizers import load_tokenizer as load_tokenizer
 from .tokenizers import require_same as require_same
+from .tokenizers import vocab_size as vocab_size

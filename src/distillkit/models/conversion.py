@@ -1,24 +1,28 @@
 """Conversion of other formats to transformers folders: GGUF files, and adapters on a base model."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from distillkit.errors import ModelError
-from distillkit.models.checkpoint import explained, quiet, read_model, share_files, write_model
+from distillkit.models.checkpoint import explained, quiet, read_model, read_tokenizer, share_files, write_model
 from distillkit.models.equality import differs, gap, logits, rounding_tolerance
 from distillkit.models.merging import merge_lora
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 2
+VERSION = 3
 """Version of the conversions. It is part of the name of a cached folder, so that older ones are not used."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which a folder is recognised as a peft adapter."""
+
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def convert_gguf(file: Path, source: str, folder: Path) -> None:
@@ -105,12 +109,15 @@ def convert_adapter(adapter: Path, base: str, source: str, folder: Path, **optio
         ModelError: If the base model or the adapter can't be read, or the adapter is not of a kind that can be merged,
             or merging changes it.
     """
-    from peft import PeftModel  # slow imports
-    from transformers import AutoTokenizer
+    from peft import PeftModel  # slow import
 
+    if not any((adapter / name).is_file() for name in _ADAPTER_WEIGHTS):
+        raise ModelError(f"{source} has an {ADAPTER_CONFIG} and no {_ADAPTER_WEIGHTS[0]}: copy the adapter's weights.")
     model = read_model(base, f"{source}, base model {base}", torch.float32, **options)
     try:
-        adapted = PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, adapter)
     # RuntimeError: weights of other shapes than the base model's; TypeError, KeyError: unknown or missing settings.
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         message = " ".join(str(error).split())
@@ -120,7 +127,15 @@ def convert_adapter(adapter: Path, base: str, source: str, folder: Path, **optio
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = str(adapted.peft_config["default"].peft_type).rpartition(".")[2]
         raise ModelError(f"{source} is an adapter of the kind {kind}, which can't be merged into a model. Use LoRA.")
-    trained, merged = logits(adapted), merge_lora(adapted)
+    _require_adapter_complete(adapted, adapter, source, base)
+    trained = logits(adapted)
+    try:
+        merged = merge_lora(adapted)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        message = " ".join(str(error).split())
+        raise ModelError(
+            f"{source}: the adapter can't be merged into its base model {base}. peft says: {message}"
+        ) from error
     if differs(logits(merged), trained, rounding_tolerance(torch.float32)):
         raise ModelError(
             f"{source}: merged into its base model {base}, the adapter gives another model (logits differ by "
@@ -128,6 +143,30 @@ def convert_adapter(adapter: Path, base: str, source: str, folder: Path, **optio
         )
     write_model(merged, folder)
     tokenizer_folder = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
-    with quiet(), explained(source, "tokenizer"):
-        AutoTokenizer.from_pretrained(tokenizer_folder, **options).save_pretrained(folder)
+    tokenizer = read_tokenizer(tokenizer_folder, source, **options)
+    with quiet():
+        tokenizer.save_pretrained(folder)
     share_files(folder)
+
+
+def _require_adapter_complete(adapted: "PeftModel", adapter: Path, source: str, base: str) -> None:
+    """Checks that the adapter's file has the tensors that its configuration asks for and no others.
+
+    peft leaves the adapter of a layer that the file lacks as it was created, without effect, and drops tensors of
+    layers that the base model lacks.
+
+    Raises:
+        ModelError: If they are not the same.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict  # slow import
+
+    result = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu"))
+    kinds = (str(adapted.base_model.prefix), "modules_to_save.")
+    missing = [name for name in result.missing_keys if ".default" in name and any(kind in name for kind in kinds)]
+    for names, words in ((missing, "missing although"), (list(result.unexpected_keys), "not among those that")):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ModelError(
+                f"{source}: {len(names)} of the adapter's tensors are {words} its {ADAPTER_CONFIG} asks for them on "
+                f"the base model {base}: {shown}. Check that adapter and base model belong together."
+            )

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,12 +143,18 @@ def stored_dtype(source: str, options: SourceOptions) -> torch.dtype:
     folder = prepare(source, options)
     with quiet(), explained(source, "config"):
         config = AutoConfig.from_pretrained(folder, **options.as_arguments())
-    named: list[object] = [getattr(part, "dtype", None) for part in (config, config.get_text_config(decoder=True))]
-    files = sorted(Path(folder).glob("*.safetensors"))  # none for a hub id
-    for file in files if named == [None, None] else ():
+    named = [getattr(part, "dtype", None) for part in (config, config.get_text_config(decoder=True))]
+    dtypes = (dtype for dtype in chain(named, _tensor_dtypes(Path(folder))) if isinstance(dtype, torch.dtype))
+    # Not the types of masks and counters, and of quantised weights, which are none without their scales
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
+
+
+def _tensor_dtypes(folder: Path) -> Iterator[torch.dtype]:
+    """Types of the tensors in a folder's safetensors; a hub id has none."""
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            named += [tensors.get_tensor(name).dtype for name in list(tensors.keys())[:1]]
-    return next((dtype for dtype in named if isinstance(dtype, torch.dtype)), torch.float32)
+            for name in list(tensors.keys()):
+                yield tensors.get_tensor(name).dtype
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def share_vocab(student: nn.Module, teacher: Teacher | None, num_tokens: int, lo
     Args:
         student: A transformers causal language model.
         teacher: The teacher, after `setup`; None for a run without one.
-        num_tokens: Number of tokens of the shared tokenizer.
+        num_tokens: Number of tokens of the shared tokenizer that need logits.
         log: Called with a message if the widths differ.
 
     Returns:
@@ -40,7 +40,11 @@ def share_vocab(student: nn.Module, teacher: Teacher | None, num_tokens: int, lo
     if teacher is not None and width != teacher.vocab_size:
         log(f"The student has {width} logits and the teacher {teacher.vocab_size}: both are cut to {vocab}.")
     if num_tokens > vocab:
-        raise ModelError(f"The tokenizer has {num_tokens} tokens and the models share {vocab} logits.")
+        raise ModelError(
+            f"The tokenizer has {num_tokens} tokens and the models share {vocab} logits. If tokens were added to the "
+            "tokenizer alone and never occur, set `model.added_tokens: unused`; else use the tokenizer that the models "
+            "were trained with."
+        )
     if teacher is not None:
         teacher.limit_vocab(vocab)
     return vocab

@@ -110,10 +110,20 @@ class Student(Part):
             ModelError: If it can't be read or trained, or `keep_layers` names a layer that it doesn't have.
         """
         model = self.load_base()
+        if self.lora is None and getattr(model, "is_quantized", False):
+            raise ModelError(
+                f"{self.source}: the weights of {type(model).__name__} are quantised, so they can't be trained. Name "
+                "the model that they were made from, or train adapters (Student.lora)."
+            )
         check_trainable(model)
         if self.keep_layers is not None:
             keep(model, self.keep_layers)
         if self.gradient_checkpointing:
+            if not getattr(model, "supports_gradient_checkpointing", True):
+                raise ModelError(
+                    f"{self.source}: {type(model).__name__} does not support gradient checkpointing. Leave "
+                    "Student.gradient_checkpointing out."
+                )
             # Reentrant checkpointing gives adapters no gradient if their input needs none, and does not work with DDP.
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if self.lora is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from distillkit.data.chat_templates import TEACHER, read_template, with_arguments
 from distillkit.data.template_spans import template_end
 from distillkit.errors import ConfigError, ModelError
-from distillkit.models.checkpoint import explained, quiet
+from distillkit.models.checkpoint import explained, quiet, read_tokenizer
 from distillkit.models.options import DEFAULT, SourceOptions
 from distillkit.models.sources import prepare
 from distillkit.types import Tokenizer
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _MODEL_ENDS = "_distillkit_ends"
 """Attribute of a loaded tokenizer: the end tokens of its model's generation config, for parts that have no model."""
+
+_VOCAB_SIZE = "_distillkit_vocab_size"
+"""Attribute of a tokenizer: its length, and the result of `vocab_size` at that length, which takes 50 ms to compute."""
 
 
 def load_tokenizer(source: str, options: SourceOptions = DEFAULT, pads: bool = True) -> Tokenizer:
@@ -39,11 +42,7 @@ def load_tokenizer(source: str, options: SourceOptions = DEFAULT, pads: bool = T
     Raises:
         ModelError: If it can't be read or has no end token.
     """
-    from transformers import AutoTokenizer  # here, for a fast start of the command line
-
-    folder = prepare(source, options)
-    with quiet(), explained(source, "tokenizer"):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, **options.as_arguments())
+    tokenizer: Tokenizer = read_tokenizer(prepare(source, options), source, **options.as_arguments())
     if tokenizer.eos_token is None:
         raise ModelError(f"{source}: the tokenizer has no end token, so no response could end. Set its eos_token.")
     if tokenizer.pad_token is None and pads:
@@ -67,6 +66,7 @@ def set_template(
         ConfigError: If the template does not suit the tokenizer, or has no such variable.
     """
     text: object = tokenizer.chat_template
+    named = text if isinstance(text, Mapping) and template is None else {}
     if template == TEACHER:
         assert teacher is not None, "checked by the caller"
         text = teacher.chat_template
@@ -77,9 +77,16 @@ def set_template(
     if arguments:
         if not isinstance(text, str):
             raise ConfigError(f"template_kwargs: the tokenizer {tokenizer.name_or_path} has no chat template.")
+        if fixed := sorted(set(arguments) & set(tokenizer.special_tokens_map)):
+            raise ConfigError(
+                f"template_kwargs: {fixed[0]} would have no effect, since the tokenizer {tokenizer.name_or_path} sets "
+                "it in its template: change the tokenizer or the template."
+            )
         text = with_arguments(text, arguments)
     if template is not None or arguments:
         tokenizer.chat_template = None if text is None else str(text)
+    if named and arguments:  # those for tools and documents stay as they are, in the export too
+        setattr(tokenizer, "chat_template", {**named, "default": text})  # noqa: B010  wider than a text
 
 
 def require_same(
@@ -129,6 +136,19 @@ def require_same(
     )
 
 
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id. `len` is smaller where ids have gaps, and would cut the last tokens off.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
+    length, size = getattr(tokenizer, _VOCAB_SIZE, (None, 0))
+    if length != len(tokenizer):
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        setattr(tokenizer, _VOCAB_SIZE, (len(tokenizer), size))
+    return size
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """16 hex digits that identify the vocabulary and the chat template, which together tokenise a conversation."""
     content = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
@@ -166,7 +186,14 @@ def eos_ids(tokenizer: Tokenizer, model: nn.Module | str | None, options: Source
 def _named_ends(config: "GenerationConfig | PreTrainedConfig | None") -> tuple[int, ...]:
     """The end tokens in a generation config, or in a model's config."""
     named = getattr(config, "eos_token_id", None)
-    return tuple(end for end in (named if isinstance(named, list | tuple) else [named]) if end is not None)
+    ends = [end for end in (named if isinstance(named, list | tuple) else [named]) if end is not None]
+    wrong = [end for end in ends if not isinstance(end, int) or isinstance(end, bool)]
+    if wrong:
+        raise ModelError(
+            f"The model's generation config has the end token {wrong[0]!r}: set its eos_token_id to a token id, or to "
+            "a list of them."
+        )
+    return tuple(ends)
 
 
 def _generation_config(source: str, options: SourceOptions) -> "GenerationConfig | PreTrainedConfig":
@@ -177,5 +204,7 @@ def _generation_config(source: str, options: SourceOptions) -> "GenerationConfig
     with quiet(), explained(source, "generation config"):
         try:
             return GenerationConfig.from_pretrained(folder, **revision)
-        except OSError:  # without generation_config.json the end tokens are in config.json
+        except OSError as error:  # without generation_config.json the end tokens are in config.json
+            if "JSON" in str(error):
+                raise
             return AutoConfig.from_pretrained(folder, **options.as_arguments())

@@ -236,8 +236,8 @@ class _Ids:
     eos_token_id = 1
     chat_template = None
 
-    def __len__(self) -> int:
-        return VOCAB
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token_id): token_id for token_id in range(VOCAB)}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return " ".join(map(str, ids))

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.curators.base import models_of
+from distillkit.curators.best_of_n import BestOfN
+from distillkit.curators.filtered import FilteredCurator
 from distillkit.curators.single import SampledCurator, run_samplings
 from distillkit.errors import ConfigError, PluginError
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
+from distillkit.losses.cross_entropy import CrossEntropy
 from distillkit.losses.token import side_of
 from distillkit.models.capabilities import capabilities
 from distillkit.models.structure import is_causal_model
 from distillkit.types import Prompts, Sampling
+from distillkit.types.part import settings_of
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +48,12 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
             type(curator).__name__,
             missing[0],
         )
+    if any(isinstance(part, CrossEntropy) for part in loss.modules()) and _trains_on_own(curator):
+        _log.warning(
+            "CrossEntropy raises the probability of the student's own responses, good or bad: the student learns to "
+            "repeat itself. Use it on responses of the data or the teacher, or select the student's with BestOfN or "
+            "FilteredCurator."
+        )
     if teacher is not None and not teacher.shares_tokens:
         mismatch = f"{type(teacher).__name__} uses another tokenizer than the student"
         if loss.needs_teacher and loss.compares_tokens:
@@ -64,6 +74,16 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
         )
     for sampling in (answers, *run_samplings(curator)):
         generator.check(sampling)
+
+
+def _trains_on_own(curator: Curator) -> bool:
+    """True if a curator provides responses of the student that none of its parts selects."""
+    if isinstance(curator, BestOfN | FilteredCurator):
+        return False
+    settings = settings_of(curator).values()
+    parts = [part for value in settings for part in (value if isinstance(value, list | tuple) else [value])]
+    inner = [part for part in parts if isinstance(part, Curator)]
+    return any(map(_trains_on_own, inner)) if inner else "student" in curator.writers
 
 
 def check_overlap(overlap: bool | str, curator: Curator, teacher: Teacher | None) -> bool | str:

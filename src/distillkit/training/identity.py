@@ -62,10 +62,12 @@ def run_identity(module: RunModule, trainer: Trainer) -> dict[str, Any]:
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it through a connector
     student = module.student_spec
+    algorithm = trainer.gradient_clip_algorithm
     settings = dict(_flat("model", module.hparams))
     settings |= {
         "trainer.precision": str(trainer.precision),
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        "trainer.gradient_clip_algorithm": algorithm.value if algorithm is not None else "norm",
         "trainer.max_epochs": trainer.max_epochs,
         "trainer.max_steps": trainer.max_steps,
         "seed_everything": resolve_seed(None),
@@ -99,8 +101,8 @@ def resumed_place(saved: Mapping[str, Any], now: Mapping[str, Any], restarted: S
         step: Optimizer steps that were taken.
 
     Raises:
-        ConfigError: If the rest of an epoch would be made of other prompts, or the run has fewer epochs than were
-            trained.
+        ConfigError: If the rest of an epoch would be made of other prompts, or the run has fewer epochs or steps than
+            were trained.
     """
     if "place" not in saved:
         raise ConfigError("The checkpoint is from an earlier version of distillkit, and only measures or exports.")
@@ -122,10 +124,18 @@ def resumed_place(saved: Mapping[str, Any], now: Mapping[str, Any], restarted: S
     if restarted:
         _warn(f"The loss or the curator is another one, so these begin anew: {', '.join(restarted)}.")
     max_epochs = now["settings"]["trainer.max_epochs"]
-    if max_epochs is not None and 0 <= max_epochs < position.epoch:
+    is_within = position.batches > 0
+    if max_epochs is not None and 0 <= max_epochs < position.epoch + is_within:
+        origin = f"{'within' if is_within else 'from'} epoch {position.epoch}"
         raise ConfigError(
-            f"The checkpoint is from epoch {position.epoch}, and trainer.max_epochs is {max_epochs}: there is nothing "
-            f"to train. Set it above {position.epoch}."
+            f"The checkpoint is {origin}, and trainer.max_epochs is {max_epochs}: there is nothing to train. Set "
+            f"it above {position.epoch}."
+        )
+    max_steps = now["settings"]["trainer.max_steps"]
+    if 0 <= max_steps < step:
+        raise ConfigError(
+            f"The checkpoint is from step {step}, and trainer.max_steps is {max_steps}: there is nothing to train. "
+            f"Set it above {step}."
         )
     if position.batches and now["batch_prompts"] != saved["batch_prompts"]:  # in as large steps, as was checked above
         before = position.batches

@@ -21,23 +21,21 @@ from distillkit.generators.transformers import TransformersGenerator
 from distillkit.interfaces import Curator, Generator, Loss, Schedule, Teacher, Verifier
 from distillkit.models.capabilities import capabilities
 from distillkit.models.loading import records_graphs
-from distillkit.models.scoring import score, share_vocab, side_by_side
+from distillkit.models.scoring import score, side_by_side
 from distillkit.models.student import Student
 from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
-from distillkit.training import resume
+from distillkit.training import optimizer_state, resume, tokens
 from distillkit.training.checkpoint import Checkpoint
 from distillkit.training.checks import check_components, check_lengths, check_overlap, check_parts
 from distillkit.training.generation import generator_pool
 from distillkit.training.identity import run_identity
 from distillkit.training.lr_schedule import Shape, check_schedule, check_warmup, with_schedule
-from distillkit.training.optimizer_state import check_rounding, optimizer_identity, refresh_rates
 from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
 from distillkit.training.step_metrics import StepMeter, current_values, flatten
-from distillkit.training.tokens import check_tokens, compare_tokens, log_template_difference, run_tokenizer
 from distillkit.training.trainer_checks import check_trainer
 from distillkit.training.validation import Validation
 from distillkit.training.window import StepWindow
@@ -152,7 +150,7 @@ class DistillModule(Part, PortableModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds none. It is the first hook of a run: an unsupported setting is refused, and the last run forgotten."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, self.held_out.names(self.same_vocab_teacher is not None))
         if self.begin_run(self.trainer):
             self.progress_fn, self.resumed, self._step, self.meter = None, {}, {}, StepMeter()
             self.validation.start_over()
@@ -184,12 +182,12 @@ class DistillModule(Part, PortableModule):
     def tokenizer(self) -> Tokenizer:
         """The student's tokenizer."""
         if self._trainer is None:  # no run, so no store whose date a chat template prints
-            return run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store)
+            return tokens.run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store)
         return self._tokenizer
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store_folder)
+        return tokens.run_tokenizer(self.student_spec, self.same_vocab_teacher, self.store_folder)
 
     @property
     def store_folder(self) -> str:
@@ -209,9 +207,9 @@ class DistillModule(Part, PortableModule):
         if self.same_vocab_teacher is not None:
             teacher = self.same_vocab_teacher.tokenizer()
             names = self.student_spec.source, self.same_vocab_teacher.display_name
-            self._unshared = compare_tokens(self.tokenizer, teacher, *names, self.added_tokens, prompts)
+            self._unshared = tokens.compare_tokens(self.tokenizer, teacher, *names, self.added_tokens, prompts)
             if uses_chat_template(self.trainer):
-                log_template_difference(self.tokenizer, teacher, self.store_folder)
+                tokens.log_template_difference(self.tokenizer, teacher, self.store_folder)
         elif self.teacher is not None:
             self.teacher.prepare_alignment(self.tokenizer, prompts.get("train", Prompts(())))
 
@@ -221,6 +219,7 @@ class DistillModule(Part, PortableModule):
         self._load_models(device, self.print)
         if self.teacher is not None:
             self.teacher.setup(device)  # the last run may have been on another one
+        self._unshared |= tokens.without_logits(self.tokenizer, self._vocab, run_prompts(self.trainer))
         models = self.student, self.student_spec.source, self.same_vocab_teacher
         check_lengths(*models, run_prompts(self.trainer), self.curator, self.answers)
 
@@ -232,13 +231,14 @@ class DistillModule(Part, PortableModule):
         capabilities(self.student, f"student {self.student_spec.source}")
         if self.teacher is not None:
             self.teacher.setup(device)
-        self._vocab = share_vocab(self.student, self.same_vocab_teacher, len(self.tokenizer), log)
+        models = self.student, self.same_vocab_teacher
+        self._vocab = tokens.share_logits(*models, self.tokenizer, self.added_tokens, log)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the student's trainable parameters, with the learning-rate schedule."""
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        optimizer = self.optimizer(trained)
-        check_rounding(trained, optimizer)
+        optimizer = optimizer_state.make_optimizer(self.optimizer, self.student)
+        self.optimizer_settings = optimizer_state.optimizer_identity(optimizer)
+        optimizer_state.check_rounding(optimizer)
         return with_schedule(optimizer, self.lr_schedule, self.warmup, self.progress_fn or self._total_steps())
 
     @cached_property
@@ -257,10 +257,11 @@ class DistillModule(Part, PortableModule):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a resumed run is compared with."""
-        return run_identity(self, self.trainer) | {"optimizer": optimizer_identity(self.optimizer)}
+        settings = self.optimizer_settings or optimizer_state.expected_identity(self.optimizer, self.student)
+        return run_identity(self, self.trainer) | {"optimizer": settings}
 
     def _prepare_teacher(self, rows: list[Row]) -> None:
-        check_tokens(self._unshared, rows)
+        tokens.check_tokens(self._unshared, rows)
         if self.teacher is not None and self.loss.needs_teacher:
             self.teacher.prepare(rows)
 
@@ -281,7 +282,7 @@ class DistillModule(Part, PortableModule):
         self.rounds.wait()
         curator = DatasetCurator() if self.same_vocab_teacher is None else TeacherCurator(self.answers)
         rows = list(curator.curate(prompts, self.writers.generators))
-        check_tokens(self._unshared, rows)
+        tokens.check_tokens(self._unshared, rows)
         if self.same_vocab_teacher is not None:
             self.same_vocab_teacher.prepare(rows)
         self.validation.set_references(prompts, rows, self.tokenizer)
@@ -329,7 +330,7 @@ class DistillModule(Part, PortableModule):
         """Sets the schedules to the current step, and restores the random state of a resumed run."""
         self._update_schedules(self.trainer.global_step, {})
         if self.resumed:
-            refresh_rates(config.scheduler for config in self.trainer.lr_scheduler_configs)
+            optimizer_state.refresh_rates(config.scheduler for config in self.trainer.lr_scheduler_configs)
         resume.restore_random(self.resumed.get("random", []), self.global_rank, self.device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
-"""The optimizer of a resumed run: the state of the checkpoint with the settings of today."""
+"""The optimizer of a run, and of a resumed run: the state of the checkpoint with the settings of today."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +20,13 @@ _FEW = 0.9
 """Share of the weights below which it is said that a step changes only these."""
 
 
-def check_rounding(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
+def check_rounding(optimizer: Optimizer) -> None:
     """Warns if the weights are in half precision, and most steps would be lost in their rounding.
 
     Args:
-        parameters: The parameters that are trained.
-        optimizer: Their optimizer, set to the peak learning rate: about the size of a step of Adam.
+        optimizer: The optimizer of the weights, set to the peak learning rate: about the size of a step of Adam.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     half = [parameter.detach() for parameter in parameters if parameter.dtype in (torch.bfloat16, torch.float16)]
     total = sum(parameter.numel() for parameter in half)
     if not total:
@@ -44,15 +44,69 @@ def check_rounding(parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> 
         )
 
 
-def optimizer_identity(optimizer: OptimizerCallable) -> dict[str, Any]:
+_UNSUPPORTED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: (
+        "it evaluates the loss several times in a step, from the last micro-batch alone where a step has several. Use "
+        "AdamW or another optimizer with one gradient per step."
+    ),
+    torch.optim.SparseAdam: "the student's gradients are dense. Use Adam or AdamW.",
+}
+"""Optimizers that can't work, and why."""
+
+
+def make_optimizer(factory: OptimizerCallable, model: nn.Module) -> Optimizer:
+    """Calls the factory of an optimizer with the parameters of a model that are trained.
+
+    A setting that is a tensor, such as a learning rate, is copied: a scheduler changes it in place, and the factory may
+    be called again.
+
+    Args:
+        factory: Makes the optimizer.
+        model: The model.
+
+    Raises:
+        ConfigError: If no parameter is trained, the optimizer refuses its settings or the parameters, or can't work.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError("The student has no parameter that is trained: all are frozen. Call module.unfreeze().")
+    try:
+        optimizer = factory(parameters)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.optimizer can't be made: {error}") from error
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"model.optimizer must return an optimizer of torch, got {type(optimizer).__name__}.")
+    for kind, reason in _UNSUPPORTED.items():
+        if isinstance(optimizer, kind):
+            raise ConfigError(f"model.optimizer: {type(optimizer).__name__} is not supported: {reason}")
+    for group in optimizer.param_groups:
+        group.update({name: value.clone() for name, value in group.items() if isinstance(value, torch.Tensor)})
+    return optimizer
+
+
+def optimizer_identity(optimizer: Optimizer) -> dict[str, Any]:
     """Class and settings of an optimizer, without a state.
 
     Args:
-        optimizer: Makes the optimizer.
+        optimizer: The optimizer as it was made, before a scheduler changes it.
+
+    Returns:
+        `class`, and for each parameter group its `settings` and in `sizes` its number of parameters.
     """
-    made = optimizer([nn.Parameter(torch.zeros(1, 1))])
-    settings = {name: _plain(value) for name, value in made.param_groups[0].items() if name != "params"}
-    return {"class": type(made).__qualname__, "settings": settings}
+    groups = optimizer.param_groups
+    settings = [{name: _plain(value) for name, value in group.items() if name != "params"} for group in groups]
+    sizes = [len(group["params"]) for group in groups]
+    return {"class": type(optimizer).__qualname__, "settings": settings, "sizes": sizes}
+
+
+def expected_identity(factory: OptimizerCallable, model: nn.Module) -> dict[str, Any]:
+    """The `optimizer_identity` of a run whose optimizer is not made yet, as that of a run that is being resumed.
+
+    Args:
+        factory: Makes the optimizer.
+        model: The model that is trained.
+    """
+    return optimizer_identity(make_optimizer(factory, model))
 
 
 def apply_settings(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
@@ -66,31 +120,35 @@ def apply_settings(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint:
         checkpoint: The checkpoint, changed in place.
 
     Raises:
-        ConfigError: If the optimizer is of another class, whose state is another.
+        ConfigError: If the optimizer is of another class, or has other parameter groups, whose state is another.
     """
-    if now["class"] != saved["class"]:
-        raise ConfigError(
-            f"model.optimizer was {saved['class']} and is {now['class']}, which can't go on with the other's state. "
-            "Set it as it was, or begin a new run with this one's student: model.student.source."
-        )
-    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
-    for name, value in now["settings"].items():
-        before = saved["settings"].get(name)
-        if value == before:
-            continue
-        if rank() == 0:
-            _log.warning(
-                "Resumed with another value of model.optimizer.%s: it was %s and is %s, from step %d on.",
-                name,
-                before,
-                value,
-                checkpoint["global_step"],
+    for name, text in (("class", ""), ("sizes", "with parameter groups of the sizes ")):
+        if now[name] != saved[name]:
+            raise ConfigError(
+                f"model.optimizer was {text}{saved[name]} and is {now[name]}, which can't go on with the other's "
+                "state. Set it as it was, or begin a new run with this one's student: model.student.source."
             )
-        if name != "lr":
-            for group in groups:
-                group[name] = value
-        elif all("max_lr" not in group for group in groups):  # or the scheduler sets it
-            _rescale(groups, checkpoint["lr_schedulers"], float(value), float(before or 0.0))
+    for index, (settings, saved_settings) in enumerate(zip(now["settings"], saved["settings"], strict=True)):
+        suffix = f" of parameter group {index}" if len(now["settings"]) > 1 else ""
+        groups = [state["param_groups"][index] for state in checkpoint["optimizer_states"]]
+        for name, value in settings.items():
+            before = saved_settings.get(name)
+            if value == before:
+                continue
+            if rank() == 0:
+                _log.warning(
+                    "Resumed with another value of model.optimizer.%s%s: it was %s and is %s, from step %d on.",
+                    name,
+                    suffix,
+                    before,
+                    value,
+                    checkpoint["global_step"],
+                )
+            if name != "lr":
+                for group in groups:
+                    group[name] = value
+            elif all("max_lr" not in group for group in groups):  # or the scheduler sets it
+                _rescale(groups, checkpoint["lr_schedulers"], index, float(value), float(before or 0.0))
 
 
 def refresh_rates(schedulers: Iterable[LRScheduler]) -> None:
@@ -113,14 +171,16 @@ def refresh_rates(schedulers: Iterable[LRScheduler]) -> None:
             scheduler._last_lr = rates
 
 
-def _rescale(groups: list[dict[str, Any]], schedulers: list[dict[str, Any]], value: float, before: float) -> None:
+def _rescale(
+    groups: list[dict[str, Any]], schedulers: list[dict[str, Any]], index: int, value: float, before: float
+) -> None:
     for group in groups:
         group["lr"] = group["lr"] * value / before if before else value
         if "initial_lr" in group:
             group["initial_lr"] = value
     for scheduler in schedulers:
         if "base_lrs" in scheduler:
-            scheduler["base_lrs"] = [value] * len(scheduler["base_lrs"])
+            scheduler["base_lrs"][index] = value
 
 
 def _plain(value: object) -> object:

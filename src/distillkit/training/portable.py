@@ -31,6 +31,7 @@ class PortableModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.optimizer_settings: dict[str, Any] = {}  # of the run's optimizer as it was made
         self._run: weakref.ref[Trainer] | None = None
         self._initial: dict[str, dict[str, Any]] = {}
 
@@ -50,7 +51,7 @@ class PortableModule(LightningModule):
         """
         if self._run is not None and self._run() is trainer:
             return False
-        self._run = weakref.ref(trainer)
+        self._run, self.optimizer_settings = weakref.ref(trainer), {}
         for name in _OF_A_RUN:
             self.__dict__.pop(name, None)
         # In inference mode torch makes tensors that training can't change, such as a model's cached frequencies.

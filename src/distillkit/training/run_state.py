@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from distillkit.errors import ConfigError
 from distillkit.training import resume
 from distillkit.training.identity import resumed_place
 from distillkit.training.optimizer_state import apply_settings
@@ -45,6 +46,11 @@ def load_run(module: RunModule, checkpoint: dict[str, Any]) -> None:
     restarted = resume.adopt_parts(checkpoint["state_dict"], module.state_dict(), _STUDENT)
     if module.trainer.state.fn != "fit":
         return
+    if "optimizer_states" not in checkpoint:
+        raise ConfigError(
+            "The checkpoint was saved with save_weights_only: it has no state of the optimizer, and only measures or "
+            "exports. Name another one, or begin a new run with its student: model.student.source."
+        )
     position = resumed_place(saved, module.identity, restarted, checkpoint["global_step"])
     apply_settings(saved["optimizer"], module.identity["optimizer"], checkpoint)
     restart_at(position, checkpoint["loops"]["fit_loop"])

@@ -1,15 +1,18 @@
 """The tokens of a run: its tokenizer and chat template, and how far the teacher's agree with them."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Literal
+
+from torch import nn
 
 from distillkit.data.chat_templates import TEACHER, prints_date, with_date
 from distillkit.data.template_spans import render
 from distillkit.errors import DataError
 from distillkit.interfaces import Teacher
+from distillkit.models.scoring import share_vocab
 from distillkit.models.student import Student
 from distillkit.models.tokenizers import fingerprint, require_same
 from distillkit.storage.dates import fixed_date
@@ -31,10 +34,16 @@ def run_tokenizer(student: Student, teacher: Teacher | None, store: str | Path |
     """
     teacher_tokenizer = teacher.tokenizer() if teacher is not None and student.chat_template == TEACHER else None
     tokenizer = student.tokenizer(teacher_tokenizer)
-    template = tokenizer.chat_template
-    if isinstance(template, str) and prints_date(template):
+    if (template := _dated_template(tokenizer)) is not None:
         tokenizer.chat_template = with_date(template, date.today() if store is None else fixed_date(store))
     return tokenizer
+
+
+def _dated_template(tokenizer: Tokenizer) -> str | None:
+    """The template that renders a tokenizer's conversations if it prints the date: of several by name, the default."""
+    template: object = tokenizer.chat_template
+    text = template.get("default") if isinstance(template, Mapping) else template
+    return text if isinstance(text, str) and prints_date(text) else None
 
 
 def rendering(tokenizer: Tokenizer, chat: bool) -> str:
@@ -57,8 +66,8 @@ def log_template_difference(tokenizer: Tokenizer, teacher: Tokenizer, store: str
     """
     if not tokenizer.chat_template or not teacher.chat_template:
         return
-    if isinstance(teacher.chat_template, str) and prints_date(teacher.chat_template):
-        teacher.chat_template = with_date(teacher.chat_template, fixed_date(store))
+    if (template := _dated_template(teacher)) is not None:
+        teacher.chat_template = with_date(template, fixed_date(store))
     messages = [{"role": "user", "content": "Hello"}]
     if render(messages, tokenizer, True, "a prompt") == render(messages, teacher, True, "a prompt"):
         return
@@ -98,6 +107,60 @@ def compare_tokens(
     for split in prompts.values():
         check_tokens(unshared, split)
     return unshared
+
+
+def share_logits(
+    student: nn.Module,
+    teacher: Teacher | None,
+    tokenizer: Tokenizer,
+    added_tokens: Literal["same", "unused"],
+    log: Callable[[str], None],
+) -> int:
+    """Limits the teacher to the logits that both models have, as `share_vocab` does; every token needs one.
+
+    Args:
+        student: A transformers causal language model.
+        teacher: The teacher, after `setup`; None for a run without one.
+        tokenizer: The run's tokenizer. If its padding token has no logit, it pads with its end token afterwards.
+        added_tokens: `same`: every token needs a logit; `unused`: added tokens need none.
+        log: Called with a message if the widths differ.
+
+    Returns:
+        V, the number of logits that both have.
+
+    Raises:
+        ModelError: If a token that needs a logit, or the end token, has none.
+    """
+    added = set(tokenizer.get_added_vocab().values()) if added_tokens == "unused" else set[int]()
+    needed = set(tokenizer.get_vocab().values()) - added | {tokenizer.eos_token_id}
+    vocab = share_vocab(student, teacher, max(token_id for token_id in needed if token_id is not None) + 1, log)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab:
+        tokenizer.pad_token = tokenizer.eos_token
+    return vocab
+
+
+def without_logits(tokenizer: Tokenizer, vocab: int, prompts: Mapping[str, Prompts]) -> dict[int, str]:
+    """Finds the tokens that the models have no logits for, and refuses prompts with one of them.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        vocab: V, number of logits.
+        prompts: The prompts of each split.
+
+    Returns:
+        Such tokens by id, each with a note for `check_tokens`.
+
+    Raises:
+        DataError: If a prompt or its response has such a token.
+    """
+    surplus = {
+        token_id: f"{token!r} for the tokenizer and past the {vocab} logits of the models"
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= vocab
+    }
+    for split in prompts.values():
+        check_tokens(surplus, split)
+    return surplus
 
 
 def check_tokens(unshared: Mapping[int, str], prompts: Prompts | Iterable[Row]) -> None:

@@ -1,6 +1,9 @@
 """Settings of the trainer that would change a run's mathematics or do nothing, refused before any model is loaded."""
 
-from lightning import Trainer
+import logging
+from collections.abc import Collection
+
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -12,7 +15,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
-from distillkit.errors import ConfigError
+from distillkit.devices.distributed import rank
+from distillkit.errors import ConfigError, check_range
+
+_log = logging.getLogger(__name__)
 
 _CALLBACKS: dict[type, str] = {
     StochasticWeightAveraging: "it copies the module before the student is loaded, and averages nothing. Leave it out.",
@@ -39,22 +45,82 @@ _CALLBACKS: dict[type, str] = {
 """Callbacks that can't work, and why; the first that fits is named."""
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Checks the strategy and the callbacks of a trainer.
+_RANGES = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "val_check_interval")
+"""Numbers that Lightning takes as they are: a 0 or a number below it is an error after hours, or does nothing."""
+
+
+_LARGER_IS_BETTER = {"kl": False, "nll": False, "acceptance": True, "rouge_l": True}
+"""Held-out metrics, and whether a larger value is the better one."""
+
+
+def check_trainer(trainer: Trainer, metrics: Collection[str]) -> None:
+    """Checks the numbers, the strategy and the callbacks of a trainer.
 
     Args:
         trainer: The trainer, before anything is loaded.
+        metrics: Names of the held-out metrics of the run, without `val/`.
 
     Raises:
-        ConfigError: If the strategy shards the model, or a callback can't work with a student that is loaded late.
+        ConfigError: If a number is out of range, the strategy shards the model or does not fit the accumulation, or a
+            callback can't work with a student that is loaded late or monitors a metric that there won't be.
     """
+    for name in _RANGES:
+        value = getattr(trainer, name)
+        if isinstance(value, int | float):
+            is_clip = name == "gradient_clip_val"  # 0 is a way to leave it out
+            check_range(f"trainer.{name}", value, 0, closed="left" if is_clip else "neither")
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
             f"trainer.strategy: {type(strategy).__name__} is not supported, since models can't be sharded over devices "
             "yet. Use `ddp` for several devices, or `auto`."
         )
+    is_static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
+    if is_static and trainer.accumulate_grad_batches > 1:
+        raise ConfigError(
+            "trainer.strategy: static_graph can't be used with trainer.accumulate_grad_batches above 1: torch fails in "
+            "the micro-batches that don't synchronize. Leave static_graph out."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it through a connector
         for kind, reason in _CALLBACKS.items():
             if isinstance(callback, kind):
                 raise ConfigError(f"trainer.callbacks: {type(callback).__name__} is not supported: {reason}")
+        monitor = getattr(callback, "monitor", None)
+        if trainer.state.fn == "fit" and isinstance(monitor, str) and monitor.startswith("val/"):
+            _check_monitor(callback, monitor.removeprefix("val/"), metrics, trainer)
+
+
+def _check_monitor(callback: Callback, metric: str, metrics: Collection[str], trainer: Trainer) -> None:
+    """Checks that a callback monitors a metric of the run in the right direction; one logged elsewhere may be any."""
+    name, kind = f"val/{metric}", type(callback).__name__
+    sources = getattr(trainer.datamodule, "sources", {"val": ""})  # type: ignore[attr-defined]  # set by a connector
+    is_ours = metric in metrics or metric in _LARGER_IS_BETTER
+    if is_ours and sources.get("val") is None:
+        raise ConfigError(
+            f"trainer.callbacks: {kind} monitors {name}, and there are no held-out prompts: set data.val."
+        )
+    logged = ", ".join(f"val/{one}" for one in metrics)
+    if is_ours and metric not in metrics:
+        raise ConfigError(
+            f"trainer.callbacks: {kind} monitors {name}, which needs a teacher with the student's tokenizer. This run "
+            f"logs {logged}."
+        )
+    if rank() != 0:
+        return
+    if not is_ours:
+        _log.warning(
+            "trainer.callbacks: %s monitors %s. A run logs %s; another metric must be logged by a callback of yours.",
+            kind,
+            name,
+            logged,
+        )
+    larger, mode = _LARGER_IS_BETTER.get(metric), getattr(callback, "mode", None)
+    if larger is not None and mode == ("min" if larger else "max"):
+        better = ("larger", "max") if larger else ("smaller", "min")
+        _log.warning(
+            "trainer.callbacks: %s takes the %s of %s for the best, and a %s one is better: set its mode to %s.",
+            kind,
+            mode,
+            name,
+            *better,
+        )

@@ -28,11 +28,16 @@ class Validation:
         self.trained_steps = 0  # optimizer steps that the weights have had, outside of training
 
     def set_references(self, prompts: Prompts, rows: Sequence[Row], tokenizer: Tokenizer) -> None:
-        """Sets the prompts, and for each the row with its reference response."""
-        responses = [[i for i, used in zip(row.input_ids, row.response_mask, strict=True) if used] for row in rows]
+        """Sets the prompts, and for each the row with its reference response.
+
+        Earlier answers of a conversation, on which a row of the data is trained too, are part of the prompt.
+        """
         end_ids = eos_ids(tokenizer, None)
         self._prompts = prompts
-        self._references = [decoded(tokenizer, ids, end_ids) for ids in responses]
+        self._references = [
+            decoded(tokenizer, row.input_ids[len(prompt.input_ids) :], end_ids, prompt)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
 
     def resume(self, history: list[dict[str, float]], step: int) -> None:
         """Restores the history of a run that had taken `step` optimizer steps."""

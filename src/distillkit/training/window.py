@@ -4,6 +4,19 @@ from distillkit.errors import ConfigError, TrainingError
 from distillkit.types import Batch
 
 
+def require_batch(batch: object) -> None:
+    """Checks what a data loader yields.
+
+    Raises:
+        ConfigError: If it is no `Batch`, as with several loaders at once or a loader of something else.
+    """
+    if not isinstance(batch, Batch):
+        raise ConfigError(
+            f"The data loader yields {type(batch).__name__}, not a Batch: use DistillData, or one loader whose items "
+            "are batches, such as those of distillkit.data.collate."
+        )
+
+
 class StepWindow:
     """The micro-batches of the current optimizer step, as the loader says and as Lightning runs them.
 
@@ -26,9 +39,10 @@ class StepWindow:
             The micro-batches of the optimizer step that the batch starts; None within a step.
 
         Raises:
-            ConfigError: If the batch starts a step of several micro-batches and its `window` is not set, or the other
-                way round.
+            ConfigError: If it is no `Batch`; if it starts a step of several micro-batches and its `window` is not set,
+                or the other way round.
         """
+        require_batch(batch)
         window, starts = (batch,) if accumulate == 1 else batch.window, batch_index % accumulate == 0
         if starts and window is None:
             raise ConfigError(

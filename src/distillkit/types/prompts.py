@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 from distillkit.devices.seeds import resolve_seed
-from distillkit.errors import check_range
+from distillkit.errors import ConfigError, check_range
 
 Message = Mapping[str, str]
 """A chat message with `role` and `content`."""
@@ -88,12 +88,15 @@ class Prompts(Sequence[Prompt]):
         return replace(self, round=round_index)
 
 
+SMALLEST_TEMPERATURE = 1e-6
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings, the same for all kinds of generators.
 
     Args:
-        temperature: Divides the logits before the softmax, at least 0; 0 is greedy.
+        temperature: Divides the logits before the softmax: 0, which is greedy, or at least 1e-6.
         top_p: Nucleus sampling: probability mass of the most likely tokens that are sampled from, in (0, 1].
         top_k: Number of most likely tokens that are sampled from; 0 means all.
         max_new_tokens: Maximum length of a response in tokens, at least 1.
@@ -114,6 +117,11 @@ class Sampling:
         if self.seed is None:
             object.__setattr__(self, "seed", 0 if self.temperature == 0 else resolve_seed(None))
         check_range("Sampling.temperature", self.temperature, 0, note=" (0 is greedy)")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ConfigError(
+                f"Sampling.temperature must be 0 (greedy) or at least {SMALLEST_TEMPERATURE}, got {self.temperature}: "
+                "logits divided by less may be no numbers."
+            )
         check_range("Sampling.top_p", self.top_p, 0, 1, closed="right")
         check_range("Sampling.top_k", self.top_k, 0, note=" (0 keeps every token)")
         check_range("Sampling.max_new_tokens", self.max_new_tokens, 1)

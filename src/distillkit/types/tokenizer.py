@@ -16,6 +16,7 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     bos_token_id: int | None
     all_special_tokens: list[str]
+    special_tokens_map: Mapping[str, object]
 
     def __len__(self) -> int:
         """Returns the number of tokens, including added ones."""

@@ -24,10 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from distillkit.callbacks import Answers, Budget, Export, FiniteLoss, RunCheckpoint, Throughput  # noqa: F401
 from distillkit.config.command import Command
 from distillkit.config.explain import explain
-from distillkit.config.files import Config, MergedConfig, load_all, require_mapping, split_arguments
+from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, load_all, require_mapping, split_arguments
 from distillkit.config.parts import import_parts
 from distillkit.devices.precision import default_device, has_native_matmul
-from distillkit.errors import ConfigError, DistillKitError, check_range
+from distillkit.errors import ConfigError, check_range
 from distillkit.run_folder import CONFIG, CSV_LOGS, FITTED, RUN_LOG, SCHEDULES, TENSORBOARD_LOGS
 from distillkit.storage.atomic import atomic_path, write_atomically
 from distillkit.storage.checkpoint_io import use_atomic_checkpoints
@@ -36,7 +36,13 @@ from distillkit.training.datamodule import DistillData
 from distillkit.training.module import DistillModule
 from distillkit.workflows.checkpoints import requeued, resolve_checkpoint
 from distillkit.workflows.logs import run_log
-from distillkit.workflows.refusals import enabled_callbacks, explained_run, explained_trainer
+from distillkit.workflows.refusals import (
+    check_launcher,
+    enabled_callbacks,
+    explained_run,
+    explained_trainer,
+    reason_of,
+)
 from distillkit.workflows.signals import SignalCallback
 from distillkit.workflows.tensorboard import RunTensorBoardLogger
 
@@ -109,6 +115,10 @@ def launch_merged(
         require_mapping(config, key)
     # A saved configuration contains these keys, which not every verb accepts: null values are dropped.
     content = {key: value for key, value in adapt(config.content).items() if value is not None or key not in _FIT_ONLY}
+    for key in SOURCES:  # an argument below a path sets something else of that source
+        data = content.get("data")
+        if isinstance(data, dict) and any(argument.startswith(f"--data.{key}.") for argument in arguments):
+            content["data"] = {**data, **({key: as_source(data[key])} if key in data else {})}
     command = Command(MergedConfig(content, config.files), tuple(arguments), roots)
     import_parts(command)
     return cli(command, [verb, *arguments], trainer_class, save_config_callback)
@@ -228,37 +238,55 @@ class DistillCLI(LightningCLI):
         """Does nothing: Lightning would replace the settings of the command by those that the checkpoint records."""
 
     def before_instantiate_classes(self) -> None:
-        """Checks that the run folder is free.
+        """Checks that the run has an end, and that its folder is free.
 
         Raises:
-            ConfigError: If the folder contains a run already.
+            ConfigError: If nothing says when training ends, or the folder contains a run already.
         """
         is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
         trainer = self._get(self.config, "trainer")
         root, resuming = Path(trainer.default_root_dir), self._get(self.config, "ckpt_path")
-        resuming = resuming or requeued(root) or trainer.fast_dev_run  # which leaves the run's files as they are
+        if self.subcommand == "fit" and not trainer.fast_dev_run:
+            self._require_end(trainer)
+        with explained_trainer():  # SLURM's variables may not fit
+            resuming = resuming or requeued(root) or trainer.fast_dev_run  # which leaves the run's files as they are
         if self.subcommand == "fit" and is_first_rank and not resuming and (root / CONFIG).exists():
             raise ConfigError(
                 f"The run folder {root} contains a run already. Resume it with --ckpt_path last, or choose another "
                 "folder with --trainer.default_root_dir."
             )
 
+    def _require_end(self, trainer: Namespace) -> None:
+        """Refuses a run that Lightning would let go on for 1000 epochs, or to which a time alone gives no schedule."""
+        if trainer.max_epochs is None and trainer.max_steps == -1:
+            raise ConfigError(
+                "trainer.max_epochs must be set, or trainer.max_steps: the schedules run to the end of training. For a "
+                "limit in seconds or tokens use the callback Budget with max_epochs: -1."
+            )
+
     def instantiate_classes(self) -> None:
-        """Builds the parts; an error that a part raises about its settings is passed on unchanged."""
+        """Builds the parts.
+
+        Raises:
+            DistillKitError: If a part refuses its settings; its own error where it raises one.
+        """
         try:
             super().instantiate_classes()
-        except ValueError as error:  # from jsonargparse, about a setting that may also be null
-            raise _distillkit_cause(error) from None
+        except ValueError as error:  # from jsonargparse, about a setting that may also be of another type
+            raise reason_of(error) from None
 
     def instantiate_trainer(self, **kwargs: object) -> Trainer:
         """The trainer, with CSV and TensorBoard logs in the run's folder unless other loggers are configured."""
         trainer = self._get(self.config_init, "trainer")
         kwargs |= _runnable_precision(trainer.accelerator, trainer.precision)
-        if "logger" not in kwargs and trainer.logger in (None, True):
+        if trainer.barebones:  # which refuses even the defaults of a run
+            kwargs |= dict.fromkeys(("num_sanity_val_steps", "log_every_n_steps"))
+        elif "logger" not in kwargs and trainer.logger in (None, True):
             root = trainer.default_root_dir
             table = CSVLogger(root, name=CSV_LOGS, flush_logs_every_n_steps=1)
             kwargs["logger"] = [table, RunTensorBoardLogger(root, TENSORBOARD_LOGS)]
         built = super().instantiate_trainer(**kwargs)
+        check_launcher(built)
         use_atomic_checkpoints(built)
         built.callbacks.insert(0, SignalCallback())  # type: ignore[attr-defined]  # first, to defer signals to a step's end
         return built
@@ -333,14 +361,6 @@ def _explained(command: Command) -> Iterator[None]:
         yield
     except ArgumentError as error:
         raise ConfigError(explain(str(error), command)) from None
-
-
-def _distillkit_cause(error: Exception) -> Exception:
-    """The `DistillKitError` that caused `error`; `error` itself if there is none."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, DistillKitError):
-        cause = cause.__cause__ or cause.__context__
-    return error if cause is None else cause
 
 
 def _runnable_precision(accelerator: object, precision: object) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Errors of Lightning and of other ranks as one line, and settings of the trainer that contradict its callbacks."""
 
 import logging
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import lightning
 import torch.distributed as dist
-from lightning import Callback
+from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from distillkit.devices.distributed import rank, world_size
-from distillkit.errors import ConfigError, TrainingError
+from distillkit.errors import ConfigError, DistillKitError, TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -31,14 +33,18 @@ def enabled_callbacks(callbacks: Sequence[Callback], switches: dict[str, bool | 
 
     Args:
         callbacks: The callbacks of the configuration.
-        switches: The trainer's settings by name, of which those that begin with `enable_` are read.
+        switches: The trainer's settings by name, of which `barebones` and those that begin with `enable_` are read.
     """
-    disabled = [(name, kind) for name, kind in _SWITCHES if switches.get(name) is False]
+    if switches.get("barebones"):  # which switches all of them off
+        disabled = [("barebones", kind) for _, kind in _SWITCHES]
+    else:
+        disabled = [(name, kind) for name, kind in _SWITCHES if switches.get(name) is False]
     enabled = []
     for callback in callbacks:
         names = [name for name, kind in disabled if isinstance(callback, kind)]
         if names:
-            _log.info("trainer.%s is false: %s is left out.", names[0], type(callback).__name__)
+            value = "true" if names[0] == "barebones" else "false"
+            _log.info("trainer.%s is %s: %s is left out.", names[0], value, type(callback).__name__)
         else:
             enabled.append(callback)
     return enabled
@@ -77,6 +83,63 @@ def explained_run() -> Iterator[None]:
         raise
 
 
+def check_launcher(trainer: Trainer) -> None:
+    """Refuses a strategy that copies the command into new processes, which its configuration can't be.
+
+    Args:
+        trainer: The trainer of the command.
+
+    Raises:
+        ConfigError: If the strategy spawns its processes.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher) and launcher._start_method == "spawn":
+        raise ConfigError(
+            "trainer.strategy: ddp_spawn can't be used on the command line, since its processes do not get the "
+            "configuration. Use ddp."
+        )
+
+
+_OF_TYPE = re.compile(r"- (Expected|Unexpected|Not a valid|Problem with|Import path|Does not validate)")
+"""What jsonargparse says of a value that is of another type."""
+
+
+def reason_of(error: Exception) -> BaseException:
+    """The reason why a class was not made: the `DistillKitError` that caused `error`, or what the class says itself.
+
+    Of a setting of several types, jsonargparse passes on the error of the first type, and the others' as text. `error`
+    is returned if there is no reason, such as for a fault of the class.
+
+    Args:
+        error: What jsonargparse raised.
+    """
+    if str(error).startswith("Does not validate against any of the Union subtypes"):
+        lines = (line.strip() for line in str(error).splitlines())
+        reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and not _OF_TYPE.match(line)]
+        if reasons:
+            return ConfigError("; ".join(dict.fromkeys(reasons)))
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    raised = next((cause for cause in causes if isinstance(cause, DistillKitError)), None)
+    if raised is not None:
+        return raised
+    return refused_by_class(causes[-1]) or error
+
+
+def refused_by_class(error: BaseException) -> ConfigError | None:
+    """What a class says of its settings, as one line; None if it does not refuse them but has a fault of its own.
+
+    Args:
+        error: What was raised when the class was made.
+    """
+    if not isinstance(error, MisconfigurationException | ValueError | ImportError):
+        return None
+    frames = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
+    name = next((frame.partition(".")[0] for frame in reversed(frames) if frame.endswith(".__init__")), "A class")
+    return ConfigError(f"{name} refuses its settings: {_one_line(error)}")
+
+
 def _is_raised_by_lightning(error: Exception) -> bool:
     """True if Lightning itself raises the error, and not what it calls."""
     *_, raising = traceback.extract_tb(error.__traceback__)
@@ -91,5 +154,5 @@ def _is_of_other_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistBackendError) or any(sign in str(error) for sign in signs)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -14,9 +14,10 @@ from distillkit.generators.speculative.acceptance import Acceptance, Exact, Rule
 from distillkit.generators.speculative.drafting import Drafting, SpeculativeResult
 from distillkit.generators.texts import decoded
 from distillkit.interfaces import Generator
+from distillkit.models.heads import logits_width
 from distillkit.models.modes import evaluating
 from distillkit.models.structure import base_model
-from distillkit.models.tokenizers import eos_ids
+from distillkit.models.tokenizers import eos_ids, vocab_size
 from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -111,9 +112,9 @@ class SpeculativeGenerator(Generator):
 
     def _generate_batch(self, prompts: list[Prompt], round_index: int, sampling: Sampling) -> list[SpeculativeResult]:
         teacher, student = self._models["teacher"], self._models["student"]
-        drafting = Drafting(
-            student, teacher, len(self._tokenizer), self.rule, self.block, self._eos, sampling, self.acceptance
-        )
+        # A tokenizer may have tokens without logits, and the models may have logits without tokens.
+        vocab = min(vocab_size(self._tokenizer), logits_width(student), logits_width(teacher))
+        drafting = Drafting(student, teacher, vocab, self.rule, self.block, self._eos, sampling, self.acceptance)
         width = max(len(prompt.input_ids) for prompt in prompts)
         ids = torch.tensor([[0] * (width - len(prompt.input_ids)) + list(prompt.input_ids) for prompt in prompts])
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
@@ -125,7 +126,7 @@ class SpeculativeGenerator(Generator):
 
     def _response(self, prompt: Prompt, result: SpeculativeResult) -> Response:
         tokens = result.tokens
-        text = decoded(self._tokenizer, tokens, self._eos)
+        text = decoded(self._tokenizer, tokens, self._eos, prompt)
         finish: Literal["stop", "length"] = "stop" if tokens[-1] in self._eos else "length"
         return Response(prompt.id, tuple(tokens), text, finish, tuple(result.log_probs))
 

@@ -23,8 +23,8 @@ from distillkit.models.merging import merge_lora
 from distillkit.models.options import SourceOptions
 from distillkit.models.sources import check, identity, prepare
 from distillkit.models.structure import base_model
-from distillkit.models.tokenizers import eos_ids, load_tokenizer, require_same
-from distillkit.types import Prompts, Response, Sampling, Tokenizer
+from distillkit.models.tokenizers import eos_ids, load_tokenizer, require_same, vocab_size
+from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -202,7 +202,7 @@ class VLLMGenerator(Generator):
         if weights == self._loaded_fingerprint:
             return
         merged, start = merge_lora(model), time.perf_counter()
-        vocab = min(len(tokenizer), logits_width(merged))
+        vocab = min(vocab_size(tokenizer), logits_width(merged))
         if self._llm is None:
             with tempfile.TemporaryDirectory(prefix="distillkit-vllm-") as folder:
                 vllm_engine.save(merged, vocab, Path(folder))
@@ -264,7 +264,7 @@ class VLLMGenerator(Generator):
             with vllm_engine.undisturbed():
                 outputs = self._llm.generate(inputs, params, use_tqdm=False) if inputs else []
             responses = [
-                self._response(prompt.id, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
+                self._response(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)
             ]
             advance(len(responses), sum(len(response.token_ids) for response in responses))
         self._log_acceptance()
@@ -298,11 +298,11 @@ class VLLMGenerator(Generator):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _response(self, prompt_id: str, output: "CompletionOutput") -> Response:
+    def _response(self, prompt: Prompt, output: "CompletionOutput") -> Response:
         tokens = tuple(output.token_ids)
-        text = decoded(self._tokenizer, tokens, self._eos)
+        text = decoded(self._tokenizer, tokens, self._eos, prompt)
         log_probs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True))
-        return Response(prompt_id, tokens, text, "stop" if tokens[-1] in self._eos else "length", log_probs)
+        return Response(prompt.id, tokens, text, "stop" if tokens[-1] in self._eos else "length", log_probs)
 
     def _log_acceptance(self) -> None:
         if self.speculative is None or self._llm is None:

@@ -4,7 +4,7 @@ import torch
 from distillkit.errors import ConfigError
 from distillkit.generators import decoded
 from distillkit.interfaces import Generator
-from distillkit.models import base_model, eos_ids, evaluating
+from distillkit.models import base_model, eos_ids, evaluating, vocab_size
 from distillkit.types import Prompt, Prompts, Response, Sampling, Tokenizer
 from torch import Tensor, nn
 
@@ -66,10 +66,11 @@ class MyPlugin(Generator):
         while len(tokens) < sampling.max_new_tokens and (not tokens or tokens[-1] not in self._eos):
             ids = torch.tensor([[*prompt.input_ids, *tokens]], device=device)
             # The output head may be padded beyond the vocabulary: never sample its padding.
-            logits = self._model(input_ids=ids, use_cache=False).logits[0, -1, : len(self._tokenizer)].float().cpu()
+            output = self._model(input_ids=ids, use_cache=False)
+            logits = output.logits[0, -1, : vocab_size(self._tokenizer)].float().cpu()
             tokens.append(self._sample(logits, sampling.temperature, random))
             log_probs.append(float(logits.log_softmax(-1)[tokens[-1]]))
-        text = decoded(self._tokenizer, tokens, self._eos)
+        text = decoded(self._tokenizer, tokens, self._eos, prompt)
         ended = tokens[-1] in self._eos
         return Response(prompt.id, tuple(tokens), text, "stop" if ended else "length", tuple(log_probs))
 
