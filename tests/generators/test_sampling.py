@@ -37,13 +37,17 @@ def some_logits(vocab, spread=2.0, seed=0):
     return spread * torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
 
 
+NUCLEUS = [setting for setting in SETTINGS if setting.top_p < 1 and not setting.top_k]
+"""Settings whose tokens are drawn by rejection, so no interval of the numbers belongs to a token."""
+
+
 def frequencies(logits, sampling, uniform):
     """`[V]` shares of the tokens that the `[M]` uniform numbers give."""
     tokens = sample_tokens(logits.expand(len(uniform), -1), sampling, uniform)
     return np.bincount(tokens.numpy(), minlength=len(logits)) / len(uniform)
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+@pytest.mark.parametrize("sampling", [setting for setting in SETTINGS if setting not in NUCLEUS], ids=str)
 def test_evenly_spread_numbers_give_each_token_its_share(sampling):
     logits, count = some_logits(24), 20_000
     uniform = (torch.arange(count) + 0.5) / count
@@ -91,16 +95,79 @@ def test_top_p_is_a_share_of_what_top_k_leaves_in_a_large_vocabulary():
     np.testing.assert_allclose(frequencies(logits, sampling, uniform), expected, atol=2 / count)
 
 
+def law(logits, top_p):
+    """`[V]` probabilities by the definition, in float64: a token stays if the likelier ones have less than top-p."""
+    probs = np.exp(logits.double().numpy() - logits.double().logsumexp(-1).item())
+    kept = np.array([probs[probs > own].sum() < top_p for own in probs])
+    return np.where(kept, probs, 0.0) / probs[kept].sum()
+
+
+TIES = torch.tensor([0.0, 1.0, 1.0, 2.0, 0.0, 2.0, 1.0, -torch.inf, 0.0])
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0, None], ids=["even", "flat", "peaked", "ties"])
+def test_top_p_draws_by_its_law(spread, top_p):
+    logits = TIES if spread is None else some_logits(700, spread, seed=5)  # more than a block, and not whole ones
+    rows, rounds = 500, 120
+    generator = torch.Generator().manual_seed(6)
+    counts = np.zeros(len(logits))
+    for _ in range(rounds):
+        uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+        tokens = sample_tokens(logits.expand(rows, -1), Sampling(temperature=1.0, top_p=top_p), uniform)
+        counts += np.bincount(tokens.numpy(), minlength=len(logits))
+    expected = law(logits, top_p)
+    assert not counts[expected == 0].any()
+    drawn = expected > 0
+    if drawn.sum() > 1:
+        rare = drawn & (rows * rounds * expected < 5)  # the test needs a few of each: rare ones count together
+        often = drawn & ~rare
+        observed, theory = counts[often], rows * rounds * expected[often]
+        if rare.any():
+            observed, theory = (
+                np.append(values, own[rare].sum())
+                for values, own in ((observed, counts), (theory, rows * rounds * expected))
+            )
+        assert stats.chisquare(observed, theory).pvalue > 1e-4
+    # The distribution that speculative decoding checks drafts by is the same one.
+    found = sampling_log_probs(logits[None], Sampling(temperature=1.0, top_p=top_p)).exp()[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["edge", "order"])
+def test_another_law_would_be_seen(rule):
+    """The chi-square of the test above, for a token more and for a draw that is not by weight."""
+    logits, count = some_logits(700, 0.5, seed=5), 60_000
+    expected = law(logits, 0.9)
+    wrong = law(logits, 0.905) if rule == "edge" else np.where(expected > 0, expected**0.8, 0.0)
+    wrong /= wrong.sum()
+    counts = np.random.default_rng(0).multinomial(count, wrong)
+    drawn = expected > 0
+    assert counts[~drawn].any() or stats.chisquare(counts[drawn], count * expected[drawn]).pvalue < 1e-4
+
+
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.9999])
 def test_looking_at_the_likeliest_first_equals_sorting_everything(top_p, monkeypatch):
-    generator = torch.Generator().manual_seed(3)
     spreads = torch.tensor([0.1, 1.0, 2.0, 5.0])[:, None]  # from nearly uniform to nearly certain
-    logits = (spreads * torch.randn(4, 3000, generator=generator)).repeat(16, 1)
-    uniform = torch.rand(64, generator=generator)
+    logits = spreads * torch.randn(4, 3000, generator=torch.Generator().manual_seed(3))
+    logits[2] = logits[2].round()  # many ties
     sampling = Sampling(temperature=1.0, top_p=top_p)
-    found = sample_tokens(logits, sampling, uniform)
+    found = sampling_log_probs(logits, sampling)
     monkeypatch.setattr(module, "_TRIAL_SIZES", ())
-    assert torch.equal(found, sample_tokens(logits, sampling, uniform))
+    assert torch.equal(found.isinf(), sampling_log_probs(logits, sampling).isinf())
+    torch.testing.assert_close(found, sampling_log_probs(logits, sampling), rtol=0, atol=1e-5)
+
+
+def test_the_numbers_of_further_rounds_are_uniform_and_independent():
+    first = torch.rand(200_000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    second = module._next_uniform(first)
+    third = module._next_uniform(second)
+    for one, other in ((first, second), (second, third), (first, third)):
+        assert stats.kstest(other.numpy(), "uniform").pvalue > 1e-3
+        table = np.histogram2d(one.numpy(), other.numpy(), bins=20, range=[[0, 1], [0, 1]])[0]
+        assert stats.chi2_contingency(table).pvalue > 1e-3
+    assert second.min() >= 0
+    assert second.max() < 1
 
 
 def test_the_ends_of_the_numbers_give_tokens_that_have_weight():

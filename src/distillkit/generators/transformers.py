@@ -15,7 +15,7 @@ from distillkit.devices.precision import fast_dtype
 from distillkit.errors import ConfigError
 from distillkit.generators.decoding import cache_use, decodable, start_rows
 from distillkit.generators.progress import token_bar
-from distillkit.generators.sampling import sample_tokens, token_log_probs
+from distillkit.generators.sampling import exact_dtype, sample_tokens, token_log_probs
 from distillkit.generators.texts import decoded
 from distillkit.interfaces import Generator
 from distillkit.models.capabilities import capabilities
@@ -164,7 +164,8 @@ class TransformersGenerator(Generator):
         """Adds up to `limits` tokens to each row of a group, until its turn ends."""
         head, device = output_head(self._model, self._vocab), base_model(self._model).device
         longest, count = max(limits), len(members)
-        uniform = torch.stack([pad(row.uniform[len(row.tokens) :], (0, len(row.tokens))) for row in members]).to(device)
+        uniform = torch.stack([pad(row.uniform[len(row.tokens) :], (0, len(row.tokens))) for row in members])
+        uniform = uniform.to(device, exact_dtype(device))
         eos, limit = torch.tensor(self._eos, device=device), torch.tensor(limits, device=device)
         batch, rows = start_rows(self._model, [row.ids for row in members]), torch.arange(count, device=device)
         generated = torch.zeros(count, longest, dtype=torch.long, device=device)
@@ -203,7 +204,7 @@ def _uniform(seeds: Sequence[int], sampling: Sampling) -> Tensor:
     """`[R, max_new_tokens]` uniform numbers, each row from its own seed; greedy decoding needs none."""
     length = sampling.max_new_tokens
     if sampling.temperature == 0:
-        return torch.zeros(len(seeds), length, dtype=torch.float32)
+        return torch.zeros(len(seeds), length, dtype=torch.float64)
     generators = (torch.Generator().manual_seed(seed) for seed in seeds)
     # The type is explicit: a run in half precision changes torch's default type, also for a thread that generates.
-    return torch.stack([torch.rand(length, generator=generator, dtype=torch.float32) for generator in generators])
+    return torch.stack([torch.rand(length, generator=generator, dtype=torch.float64) for generator in generators])
