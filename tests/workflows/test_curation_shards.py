@@ -212,7 +212,9 @@ def test_a_filter_judges_the_part_that_is_here(
     assert "left out; of 140 rows" in said[2]
     assert "on other processes" not in said[2]
 
-    none_left = part("FilteredCurator", curator=writes, filters=[part("TooLong", max_tokens=1)])
+    none_left = part(
+        "FilteredCurator", curator=writes, filters=[part("TooLong", max_tokens=1), "Empty"]
+    )  # one is an end
     run = config(folder, "filtered-all", 140, curator=none_left, loss=part("SkewKL"))
     assert main(["curate", "--config", run, "--shard=1/2"]) == 0
     assert main(["curate", "--config", run, "--shard=2/2"]) == 1, "now all are here to be judged"
