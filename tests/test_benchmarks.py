@@ -83,7 +83,7 @@ def test_a_family_that_takes_too_long_is_a_fault(tmp_path):
 @pytest.mark.slow
 def test_kills_lose_nothing(tmp_path):
     found = run(tmp_path, "kills.py", "--kills", "3", "--terms", "2")
-    assert {row["verb"] for row in found["rows"]} == {"fit", "curate", "evaluate", "merge", "export"}
+    assert {row["verb"] for row in found["rows"]} == {"fit", "curate", "evaluate", "merge", "export", "compare"}
     assert all(row["kills"] > 0 and not row["faults"] for row in found["rows"])
 
 

@@ -95,8 +95,8 @@ STOPPED = {
     "the writer's random numbers stay on the host": (
         HostTensorError,
         IN_PROCESS,
-        "for row in members]).to(device)",
-        "for row in members])",
+        "uniform.to(device, exact_dtype(device))",
+        "uniform.to(exact_dtype(device))",
         runs.generated,
         0.8,
     ),

@@ -254,9 +254,9 @@ def check_pruning(folder: str) -> None:
 
 def check_lora(folder: str) -> None:
     """Asserts that adapters on all linear layers of a saved model give the plain loop's scores, and merge."""
-    model = Student(folder, lora=Lora(r=2)).load().eval()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
+        model = Student(folder, lora=Lora(r=2)).load().eval()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
