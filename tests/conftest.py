@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecates; which of the warnings comes first depends on the tests' order.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; runs of tests would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _lacks(*modules: str) -> bool:
