@@ -17,27 +17,9 @@ from distillkit.errors import ModelError
 from distillkit.models.heads import check_head, logits_width, output_head
 from distillkit.models.scoring import score
 from distillkit.types import Row
+from helpers.batches import VOCAB
+from helpers.families import made
 from helpers.models import tiny_model
-
-VOCAB = 90
-SETTINGS = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "initializer_range": 0.2,
-}
-
-
-def made(model_class, config_class, **config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model_class(config_class(**SETTINGS | config)).eval()
 
 
 def llama(**config):

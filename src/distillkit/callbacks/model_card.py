@@ -69,7 +69,7 @@ def model_card(module: "DistillModule", trainer: Trainer) -> str:
 
 
 def _time(step: int, steps: int) -> str:
-    """When a validation took place, in a training of so many steps."""
+    """Heading of a validation at `step` of a training of `steps` steps: before, after, or the step."""
     return "before" if step == 0 else "after" if step == steps else f"at step {step} of {steps}"
 
 

@@ -82,7 +82,7 @@ def _fail(verb: str, message: str) -> int:
 
 
 def _cause(error: OSError) -> str:
-    """What the operating system refused: the reason and the file."""
+    """The reason and the file of an error of the operating system."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason}: {error.filename}" if error.filename is not None else reason
 

@@ -43,7 +43,7 @@ _VALUE = re.compile(
     re.MULTILINE,
 )
 _NO_TEXT = re.compile(r"True|False|-?(inf|nan|[\d.]+(e[+-]?\d+)?)|datetime\..*")
-"""What YAML reads unquoted texts such as `no`, `12e4567` and `2024-06-01` as."""
+"""Values that YAML makes of unquoted texts such as `no`, `12e4567` and `2024-06-01`."""
 _NOISE = re.compile(
     r"Does not validate|Subtypes: |Errors:$|Given value|Subclass types expect|a class path \(str\)|a dict with"
     r"|Expected a path but"

@@ -156,7 +156,7 @@ def template_end(tokenizer: Tokenizer) -> int | None:
 
 
 def unprompted_start(tokenizer: Tokenizer) -> str:
-    """What the chat template writes before an assistant's answer and leaves out at the end of a prompt.
+    """The text that the chat template writes before an assistant's answer but not at the end of a prompt.
 
     Returns:
         Such as `<|im_start|>assistant`, for a template that does not know `add_generation_prompt`; otherwise empty.

@@ -22,8 +22,8 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor
     Args:
         logits: `[R, V]`.
         sampling: Temperature, top-p and top-k; the other settings are not read.
-        uniform: `[R]` uniform numbers in [0, 1), of `exact_dtype`. A row's token depends on its number
-            and its logits alone.
+        uniform: `[R]` uniform numbers in [0, 1), of `exact_dtype`. A row's token depends only on its number and its
+            logits.
 
     Returns:
         `[R]` token ids.
@@ -114,7 +114,7 @@ def _likelier(probs: Tensor, pivots: Tensor) -> tuple[Sequence[Tensor], Tensor]:
 
 
 def _next_uniform(uniform: Tensor) -> Tensor:
-    """`[R]` uniform numbers made from the given ones by the mixing function of SplitMix64 (Steele et al. 2014)."""
+    """`[R]` uniform numbers computed from others by the mixing function of SplitMix64 (Steele et al. 2014)."""
     bits = uniform.to("cpu" if uniform.device.type == "mps" else uniform.device).double().view(torch.int64)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         bits = (bits ^ _shifted(bits, shift)) * factor

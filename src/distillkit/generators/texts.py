@@ -37,7 +37,7 @@ def decoded(
 
 
 _PART_OF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""What tokenizers decode the first bytes of a character to."""
+"""The character that tokenizers decode an incomplete character to."""
 
 
 def as_response(

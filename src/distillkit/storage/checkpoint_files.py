@@ -56,7 +56,7 @@ def newest_whole(paths: Iterable[Path]) -> Path | None:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint file; an empty string if it is whole.
+    """The damage of a checkpoint file in words; an empty string if it is whole.
 
     A file without our checksum, such as one that Lightning's plugin wrote, is compared with those of the zip archive.
     """

@@ -50,7 +50,7 @@ class OrderedData(Protocol):
 
 
 def run_identity(module: RunModule, trainer: Trainer) -> dict[str, Any]:
-    """What a resumed run is compared with, as plain data.
+    """Settings, data and models of a run as plain data, which a resumed run is compared with.
 
     Args:
         module: The module, with a trainer.

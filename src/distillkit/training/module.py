@@ -256,7 +256,7 @@ class DistillModule(Part, PortableModule):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run is compared with."""
+        """Settings, data and models of the run, which a resumed run is compared with."""
         settings = self.optimizer_settings or optimizer_state.expected_identity(self.optimizer, self.student)
         return run_identity(self, self.trainer) | {"optimizer": settings}
 

@@ -30,7 +30,7 @@ class RunModule(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run is compared with."""
+        """Settings, data and models of the run, which a resumed run is compared with."""
 
     @property
     def rounds(self) -> RoundRunner:

@@ -103,7 +103,7 @@ def check_launcher(trainer: Trainer) -> None:
 _OF_TYPE = re.compile(
     r"- (Expected|Unexpected|Not a valid|Problem with|Import path|Does not validate|a class path|a dict )"
 )
-"""What jsonargparse says of a value that is of another type."""
+"""Reasons of jsonargparse that only say that a value has another type."""
 
 
 def reason_of(error: Exception) -> BaseException:
@@ -131,7 +131,7 @@ def reason_of(error: Exception) -> BaseException:
 
 
 def refused_by_class(error: BaseException) -> ConfigError | None:
-    """What a class says of its settings, as one line; None if it does not refuse them but has a fault of its own.
+    """The reason why a class refuses its settings, as one line; None for any other error, such as a bug of the class.
 
     Args:
         error: What was raised when the class was made.

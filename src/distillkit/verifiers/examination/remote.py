@@ -34,7 +34,7 @@ OPERATIONS: dict[str, Callable[..., object]] = {
     "__enter__": lambda value: type(value).__enter__(value),
     "__exit__": lambda value, *_: type(value).__exit__(value, None, None, None),
 }
-"""What can be done to an object of the other process, by the name of the special method."""
+"""Operations on an object of the other process, by the name of the special method."""
 
 
 class Remote:
