@@ -119,3 +119,21 @@ def test_no_token_sees_another_row():
             moved = (packing.run(body, replace(line, input_ids=ids)) - before).abs().amax(-1)
             assert torch.equal(moved > 1e-4, seen[:, place])
             assert (moved[~seen[:, place]] == 0).all()
+
+
+@pytest.mark.parametrize("num_queries", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_masked_call_leaves_shared_heads_as_they_are(num_queries, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, num_queries, 8, generator=generator).to(dtype)
+    key, value = (torch.randn(3, 2, 9, 8, generator=generator).to(dtype) for _ in range(2))
+    mask = (torch.arange(9) >= torch.tensor([0, 3, 5])[:, None])[:, None, None].expand(3, 1, num_queries, 9)
+    repeated = (heads.repeat_interleave(3, dim=1) for heads in (key, value))
+    expected = nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    layer = nn.Module()
+    layer.num_key_value_groups = 3
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *_: pytest.fail("the cache was copied"))
+    attended, _ = packing.attention(layer, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(attended, expected.transpose(1, 2))

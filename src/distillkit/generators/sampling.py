@@ -152,9 +152,12 @@ def _least_kept(probs: Tensor, mass: Tensor | float) -> Tensor:
 
 
 def _most_likely(logits: Tensor, top_p: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Probabilities of the most likely tokens, descending, and the ids: `limit` of them, or enough for `top_p`."""
+    """Weights of the most likely tokens, descending, and the ids: `limit` of them, or enough for `top_p`.
+
+    The weights are probabilities if all tokens take part; with a limit they are shares of the most likely one.
+    """
     vocab = logits.shape[-1]
-    log_total = logits.logsumexp(-1, keepdim=True)
+    log_total = logits.logsumexp(-1, keepdim=True) if limit >= vocab else logits.amax(-1, keepdim=True)
     trials = _TRIAL_SIZES if logits.device.type == "cpu" else ()  # a GPU sorts fast, and would wait for each trial
     for size in (limit,) if limit < vocab else (*trials, vocab):
         values, tokens = logits.topk(min(size, vocab), dim=-1)

@@ -4,7 +4,7 @@ It is registered with transformers under the name `distillkit` and passes every 
 Letters: L tokens in the packed sequence, H query heads, G key heads, d head width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -157,6 +157,11 @@ def attention(
     if packed is None:
         if softcap is not None:  # transformers' function for sdpa leaves it out
             return _capped(query, key, value, attention_mask, dropout, scaling, softcap), None
+        if _shares_heads(query, key, attention_mask, kwargs):
+            attended = scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+            )
+            return attended.transpose(1, 2).contiguous(), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
@@ -178,6 +183,21 @@ def attention(
         attended = _segment(query[:, :, segment], keys, values, dropout, scaling, sliding_window, softcap)
         parts.append(attended.transpose(1, 2))
     return torch.cat(parts, dim=1), None
+
+
+def _shares_heads(query: Tensor, key: Tensor, attention_mask: Tensor | None, options: Mapping[str, object]) -> bool:
+    """True if a masked call can leave keys and values as they are, where transformers repeats them for each query head.
+
+    The repetition is a copy of the whole cache at each token. The processor's kernel gives the same numbers without
+    it; a GPU has no such kernel for a mask, and gradients are left to transformers.
+    """
+    return (
+        query.device.type == "cpu"
+        and attention_mask is not None
+        and query.shape[1] != key.shape[1]
+        and not query.requires_grad
+        and not any(_is_set(options.get(name)) for name in ("position_bias", "cache", "output_attentions"))
+    )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
