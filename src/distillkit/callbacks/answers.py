@@ -1,7 +1,7 @@
 """Held-out answers of teacher and student, side by side."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from distillkit.errors import StoreError, check_range, readable
+from distillkit.errors import check_range, readable
+from distillkit.evaluation.examples import examples, read_answers
 from distillkit.run_folder import ANSWERS
 from distillkit.storage.atomic import write_atomically
 
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
     from distillkit.training.module import DistillModule
 
 
+_IN_TRAINING = 2
+"""Limit on the answers that a validation during training prints: a longer table follows when training ends."""
+
+
 class Answers(Callback):
     """Prints a few held-out answers of teacher and student at each validation, and writes all to `answers.jsonl`.
 
-    A run with `fast_dev_run` only prints them.
+    When training ends, it prints the student's answers before and after. A run with `fast_dev_run` writes nothing.
 
     Args:
-        shown: Number of answers in the table on the terminal, at least 0.
+        shown: Number of prompts in a table on the terminal, at least 0; while training goes on, at most two.
     """
 
-    def __init__(self, shown: int = 4) -> None:
+    def __init__(self, shown: int = 5) -> None:
         check_range("Answers.shown", shown, 0)
         self.shown = shown
         self._last_step: int | None = None
@@ -47,12 +52,23 @@ class Answers(Callback):
         metrics = {name.rpartition("/")[2]: value for name, value in history[-1].items() if name != "step"}
         title = f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         table = Table("prompt", "reference", "student", title=title, title_justify="left", show_lines=True)
-        for row in rows[: self.shown]:
+        for row in rows[: min(self.shown, _IN_TRAINING) if trainer.state.fn == "fit" else self.shown]:
             # Text, not strings: rich would take `[b]` for markup, and a terminal an escape sequence for a command.
             table.add_row(*(Text(readable(text)) for text in (row.prompt, row.reference, row.student)))
         get_console().print(table if self.shown else title)
 
     on_test_end = on_validation_end  # type: ignore[assignment]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+        """Prints the reference of a few prompts, and the student's answer before and after training."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        table = Table("prompt", "reference", "student before", "student after", show_lines=True)
+        for example in examples(Path(trainer.default_root_dir), self.shown):
+            texts = (example.prompt, example.reference, example.before, example.after)
+            table.add_row(*(Text(readable(text)) for text in texts))
+        if table.row_count:
+            get_console().print(table)
 
     def _write(self, path: Path, answers: Sequence[Mapping[str, Any]], is_training: bool) -> None:
         """Adds the answers of a validation, each of which is in the file once.
@@ -70,7 +86,7 @@ class Answers(Callback):
             replaced = {_key(answer) for answer in answers}
             earlier = [
                 line
-                for line, answer in _read(path)
+                for line, answer in read_answers(path)
                 if _key(answer) not in replaced and not (is_training and answer.get("step", 0) > step)
             ]
             write_atomically(path, "".join([*earlier, *lines]))
@@ -79,13 +95,3 @@ class Answers(Callback):
 
 def _key(answer: Mapping[str, Any]) -> tuple[object, ...]:
     return answer.get("step"), answer.get("split"), answer.get("prompt_id")
-
-
-def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of `answers.jsonl`, each with its content."""
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), start=1):
-        try:
-            if line.endswith(b"\n"):
-                yield line.decode(), dict(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"{path}, line {number}, is damaged ({error}): correct it, or move the file.") from error

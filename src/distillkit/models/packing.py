@@ -173,15 +173,17 @@ def attention(
         query, key = query.to(value.dtype), key.to(value.dtype)
         attended = _flex(query, key, value, block_mask(packed, sliding_window), scaling, grouped)
         return attended.transpose(1, 2).contiguous(), None  # as transformers' own functions return it
+    # `split`, not a slice for each segment: the gradient of a slice is as large as the whole sequence.
+    sizes = [stop - start for start, stop, *_ in packed.segments]
+    spans = {(start, stop): index for index, (start, stop, *_) in enumerate(packed.segments)}
+    queries, all_keys, all_values = (heads.split(sizes, dim=2) for heads in (query, key, value))
     parts = []
-    for start, stop, first, last in packed.segments:
-        segment = slice(start, stop)
-        keys, values = key[:, :, segment], value[:, :, segment]
+    for segment, keys, values, (_, _, first, last) in zip(queries, all_keys, all_values, packed.segments, strict=True):
         if last > first:
-            keys = torch.cat([key[:, :, first:last], keys], dim=2)
-            values = torch.cat([value[:, :, first:last], values], dim=2)
-        attended = _segment(query[:, :, segment], keys, values, dropout, scaling, sliding_window, softcap)
-        parts.append(attended.transpose(1, 2))
+            prefix = spans[first, last]
+            keys = torch.cat([all_keys[prefix], keys], dim=2)
+            values = torch.cat([all_values[prefix], values], dim=2)
+        parts.append(_segment(segment, keys, values, dropout, scaling, sliding_window, softcap).transpose(1, 2))
     return torch.cat(parts, dim=1), None
 
 
