@@ -57,17 +57,17 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("invalid", ["error", "drop"])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
 @pytest.mark.parametrize("name", FILES)
-def test_mutated_files_are_read_or_refused(name, invalid, tmp_path):
+def test_mutated_files_are_read_or_refused(name, on_error, tmp_path):
     path = tmp_path / name
 
     def read(data):
         path.write_bytes(data)
-        records = Source(str(path), invalid=invalid).records()
+        records = Source(str(path), on_error=on_error).records()
         assert all(record.messages for record in records)
 
-    outcome = fuzz(f"{name} {invalid}", lambda rng: mutated(FILES[name], rng), read)
+    outcome = fuzz(f"{name} {on_error}", lambda rng: mutated(FILES[name], rng), read)
     assert outcome.refused["DataError"] > 0
 
 

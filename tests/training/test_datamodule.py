@@ -105,7 +105,7 @@ def test_rows_that_cant_be_used_are_left_out_counted_and_listed_if_wanted(tmp_pa
     path = write(tmp_path / "data.jsonl", rows)
     with pytest.raises(DataError, match="line 2 has columns that would have no effect: 'rating'"):
         attached(DistillData(path))
-    data = attached(DistillData(Source(path, invalid="drop")))
+    data = attached(DistillData(Source(path, on_error="skip")))
     assert len(data.prompts["train"]) == 1
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text.partition(";")[0].replace(path, "data.jsonl") for text in warnings] == [
