@@ -156,8 +156,8 @@ def test_the_log_says_the_format_and_what_became_of_the_columns(caplog):
     with caplog.at_level(logging.INFO, "distillkit"):
         Source("data.json").records()
     assert caplog.messages == [
-        "data.json: 1 in the format sharegpt, such as data.json row 1: 'conversations' is the conversation, 'system' is "
-        "the system message, no effect: 'id'",
+        "data.json: 1 in the format sharegpt, such as data.json row 1: 'conversations' is the conversation, 'system' "
+        "is the system message, no effect: 'id'",
         "data.json: 1 in the format plain, such as data.json row 2: 'prompt' is the prompt",
         "data.json: without a value in any row, and without effect: 'nots'",
     ]

@@ -30,6 +30,7 @@ class EncodeReport:
         unended: Encoded responses without an end-of-turn token: the student can't learn to stop from them.
         problems: Errors of the records left out because they can't be encoded.
         inner_ends: Encoded last responses with an end-of-turn token before their end, as a text that quotes one has.
+        pairs: Encoded prompts with a worse response too, as preference data has.
     """
 
     num_prompts: int
@@ -38,6 +39,7 @@ class EncodeReport:
     unended: int
     problems: tuple[str, ...] = ()
     inner_ends: int = 0
+    pairs: int = 0
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -51,6 +53,7 @@ class EncodeReport:
             "left out since they can't be encoded": len(self.problems),
             "responses without an end-of-turn token (the student can't learn to stop from them)": self.unended,
             "responses whose text has an end-of-turn token (the student learns to go on after it)": self.inner_ends,
+            "with a rejected response, which only DataPairs trains on": self.pairs,
         }
         return "; ".join(
             [f"{self.num_prompts} prompts", *(f"{count} {note}" for note, count in notes.items() if count)]
@@ -66,6 +69,7 @@ class Facts(NamedTuple):
         length: Tokens of the longest of its conversations.
         ended: Whether the response ends with an end of turn, or there is none.
         inner_end: Whether the response has an end of turn before its end.
+        paired: Whether it has a worse response too.
         problem: What is wrong with the record; the rest is empty then.
     """
 
@@ -74,6 +78,7 @@ class Facts(NamedTuple):
     length: int
     ended: bool
     inner_end: bool
+    paired: bool = False
     problem: str = ""
 
 
@@ -124,13 +129,13 @@ def facts(result: Prompt | DataError, eos_ids: Ids) -> Facts:
         eos_ids: Token ids that end a turn.
     """
     if isinstance(result, DataError):
-        return Facts("", "", 0, True, False, str(result))
+        return Facts("", "", 0, True, False, problem=str(result))
     ids = result.reference_ids
     content = f"{result.id} {ids} {result.reference_mask}" + (f" {result.rejected_ids}" if result.rejected_ids else "")
     response = hashlib.sha256(content.encode()).hexdigest()[:16] if ids else ""
     length = max(len(result.input_ids), len(ids), len(result.rejected_ids))
     inner = not frozenset(eos_ids).isdisjoint(ids[len(result.input_ids) : -1])
-    return Facts(result.id, response, length, not ids or ids[-1] in eos_ids, inner)
+    return Facts(result.id, response, length, not ids or ids[-1] in eos_ids, inner, bool(result.rejected_ids))
 
 
 def choose(
@@ -157,7 +162,7 @@ def choose(
     chosen: dict[int, str] = {}
     first: dict[str, tuple[int, str]] = {}
     problems, duplicates, too_long = list[str](), list[str](), list[str]()
-    unended = inner_ends = 0
+    unended = inner_ends = pairs = 0
     for index, (fact, origin) in enumerate(zip(encoded, origins, strict=True)):
         if fact.problem:
             problems.append(fact.problem)
@@ -171,10 +176,10 @@ def choose(
             duplicates.append(f"{origin} has the same prompt as {origins[first[prompt_id][0]]}")
         else:
             first[prompt_id], chosen[index] = (index, fact.response), prompt_id
-            unended, inner_ends = unended + (not fact.ended), inner_ends + fact.inner_end
+            unended, inner_ends, pairs = unended + (not fact.ended), inner_ends + fact.inner_end, pairs + fact.paired
     _refuse(problems, too_long, overlong, on_error, len(origins))
     left_out = tuple(duplicates), tuple(too_long), unended, tuple(problems)
-    return chosen, EncodeReport(len(chosen), *left_out, inner_ends)
+    return chosen, EncodeReport(len(chosen), *left_out, inner_ends, pairs)
 
 
 def _refuse(problems: list[str], too_long: list[str], overlong: Overlong, on_error: OnError, total: int) -> None:

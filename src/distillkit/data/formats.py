@@ -102,7 +102,7 @@ def _resolve(names: frozenset[str], conversation: str, columns: Columns) -> Colu
 
 
 def effects(row: Mapping[str, object], columns: Columns) -> str:
-    """What became of each column of a row, for the log.
+    """The effect of each column of a row, for the log.
 
     Args:
         row: A row that was read.
@@ -110,7 +110,7 @@ def effects(row: Mapping[str, object], columns: Columns) -> str:
     """
     parts = {columns.prompt: "the prompt", columns.response: "the response", columns.messages: "the conversation"}
     if columns.format == "preference":
-        parts |= {columns.chosen: "the response", columns.rejected: "the rejected one"}
+        parts |= {columns.chosen: "the response", columns.rejected: "the rejected response"}
     if columns.format == "alpaca":
         parts["input"] = "added to the prompt"
     parts |= {"system": "the system message", "history": "the earlier turns", "tools": "the tools", "finish": "its end"}

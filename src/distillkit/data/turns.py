@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distillkit.errors import DataError
+from distillkit.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -128,6 +129,21 @@ def _without_null(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _without_null(one) for key, one in value.items() if one is not None}
     return [_without_null(one) for one in value] if isinstance(value, list) else value
+
+
+def api_request(messages: Sequence[Message]) -> dict[str, object]:
+    """The messages, and the tools if there are any, in the form of OpenAI's chat interface."""
+    turns = []
+    for message in messages:
+        keys: dict[str, object] = {key: value for key, value in message.items() if key != "tools"}
+        if "tool_calls" in message:
+            calls = json.loads(message["tool_calls"])
+            for call in calls:
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            keys["tool_calls"] = calls
+        turns.append(keys)
+    tools = {"tools": json.loads(messages[0]["tools"])} if "tools" in messages[0] else {}
+    return {"messages": turns, **tools}
 
 
 def function_names(text: str) -> list[str]:

@@ -126,6 +126,8 @@ class FileGenerator(Generator):
         for record in self.source.records():
             if record.messages[-1]["role"] != "assistant":
                 continue  # a prompt without a response: reported by `generate`, if that prompt is requested
+            if "tool_calls" in record.messages[-1]:
+                raise DataError(f"{record.origin} has a response with tool calls, which DatasetCurator alone can use.")
             choices = answers.setdefault(prompt_id(record.messages[:-1]), [])
             if (record.messages[-1], record.ended) not in choices:
                 choices.append((record.messages[-1], record.ended))

@@ -42,8 +42,8 @@ class DistillData(Part, LightningDataModule):
         eval_batch_size: Rows in a validation batch; None for `batch_size`.
         max_length: Longest prompt, and longest conversation of prompt and response from the data, in tokens.
         format: Format of the rows: `plain` (prompt, response), `openai` (messages), `sharegpt` (conversations),
-            `alpaca` (instruction, output), `preference` (chosen, rejected) or `trl` (prompt, completion); `auto` tells it by the
-            columns of each row, and the log says which. A source with a format has its own.
+            `alpaca` (instruction, output), `preference` (chosen, rejected) or `trl` (prompt, completion); `auto` tells
+            it by the columns of each row, and the log says which. A source with a format has its own.
         on_error: Treatment of rows that can't be used: `stop` lists the first 20 and stops, `skip` leaves them out,
             counts and lists them. A source with an `on_error` has its own.
         overlong: What to do with longer ones: `error` stops, `drop` leaves them out and logs how many.
@@ -88,6 +88,8 @@ class DistillData(Part, LightningDataModule):
         check_range("DistillData.eval_batch_size", eval_batch_size, 1)
         check_range("DistillData.max_length", max_length, 1)
         check_range("DistillData.bucket", bucket, 1)
+        if train is None:
+            raise ConfigError("DistillData.train is missing: name the training prompts, such as a JSONL file.")
         self.format: Format = format
         self.on_error: OnError = on_error
         self.sources: dict[str, SourceSetting | None] = {
@@ -186,7 +188,8 @@ class DistillData(Part, LightningDataModule):
                 f"No {name} prompt is left: {len(report.overlong)} of {len(records)} are longer than "
                 f"`data.max_length: {self.max_length}`, {len(report.problems)} can't be encoded."
             )
-        return Prompts(prompts if isinstance(prompts, EncodedPrompts) else tuple(prompts))
+        items = prompts if isinstance(prompts, EncodedPrompts) else tuple(prompts)
+        return Prompts(items, purpose="training" if name == "train" else "reference")
 
     def train_dataloader(self) -> RoundLoader:
         """Batches of the module's current round."""
@@ -245,11 +248,13 @@ class DistillData(Part, LightningDataModule):
         if "train" in self._records:
             return
         sources = {name: source for name, source in self._sources_of_run().items() if name not in self._records}
-        if "train" not in sources:
-            self._records |= {name: self._source(source).records() for name, source in sources.items()}
+        train_source = sources.pop("train", None)
+        by_source = {id(source): source for source in sources.values()}  # val and test may be one, which is read once
+        read = {key: self._source(source).records() for key, source in by_source.items()}
+        held_out = self._records | {name: read[id(source)] for name, source in sources.items()}
+        if train_source is None:
+            self._records = held_out
             return
-        train_source = sources.pop("train")
-        held_out = self._records | {name: self._source(source).records() for name, source in sources.items()}
         train = self._source(train_source).records()  # last: a source may take long to make them
         if self.decontaminate is not None:
             train = without_overlap(train, held_out, self.decontaminate.ngram)

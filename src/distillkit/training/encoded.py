@@ -43,7 +43,8 @@ _ORIGIN = "<origin of the row>"
 """Stands for the file and line of a record in what is kept: the same rows may lie elsewhere."""
 
 _FACTS = [("id", pa.string()), ("response", pa.string()), ("length", pa.int32())]
-_FACTS += [("ended", pa.bool_()), ("inner_end", pa.bool_()), ("problem", pa.string())]
+_FACTS += [("ended", pa.bool_()), ("inner_end", pa.bool_()), ("paired", pa.bool_())]
+_FACTS += [("problem", pa.string())]
 _IDS = [(name, pa.list_(pa.int32())) for name in ("input_ids", "reference_ids", "rejected_ids")]
 _TEXTS = [("messages", pa.string()), ("reference", pa.string())]
 _SCHEMA = pa.schema([*_FACTS, *_IDS, ("mask", pa.binary()), *_TEXTS])

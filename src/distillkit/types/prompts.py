@@ -63,6 +63,9 @@ class Prompt:
         return repr(self.messages[-1]["content"][:60]) if self.messages else ""
 
 
+Purpose = Literal["training", "reference"]
+
+
 @dataclass(frozen=True)
 class Prompts(Sequence[Prompt]):
     """The prompts of one round.
@@ -70,10 +73,12 @@ class Prompts(Sequence[Prompt]):
     Args:
         items: The prompts.
         round: Index of the round, from 0. It is part of every response's seed and provenance.
+        purpose: The use of their responses, which the store notes: `training`, or `reference` for held-out prompts.
     """
 
     items: Sequence[Prompt]
     round: int = 0
+    purpose: Purpose = "training"
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
