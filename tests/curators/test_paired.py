@@ -105,7 +105,5 @@ def test_pairs_of_the_data_are_a_better_and_a_worse_answer_to_one_prompt():
 
 
 def test_prompts_without_a_pair_are_refused_before_anything_is_trained_on():
-    with pytest.raises(
-        DataError, match=r"DataPairs needs two responses to each prompt, and 2 of 3 have none, such as "
-    ):
+    with pytest.raises(DataError, match=r"DataPairs needs two responses .* 2 of 3 have none, such as "):
         DataPairs().prepare(Prompts((PAIR, *PROMPTS)), {})

@@ -1,12 +1,15 @@
 """Encoding of many records at once: which of them become prompts, and which are left out and why."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from distillkit.data.chat import encode_steps, require_chat_template
+from distillkit.data.encoding_worker import encode_in_processes
 from distillkit.data.records import OnError, refusal
 from distillkit.data.template_spans import Ids, Steps, tokenise
 from distillkit.errors import DataError
@@ -16,6 +19,11 @@ Overlong = Literal["error", "drop"]
 
 BATCH = 512
 """Records whose texts are tokenised at once."""
+
+PROCESSES_FROM = 20_000
+"""Records from which processes encode them, which take seconds to start."""
+MIN_PROCESSES, MAX_PROCESSES = 4, 16
+"""Fewer gain nothing, since the tokenizer uses all cores by itself; of more, this process can't keep up."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,35 @@ def encode_batches(
         ModelError: If the tokenizer lacks the chat template or the end-of-turn token that is needed.
     """
     require_chat_template(tokenizer, chat)
+    encode = partial(encode_batch, tokenizer=tokenizer, eos_ids=eos_ids, chat=chat, system=system)
+    batches = iter(lambda: list(islice(remaining, BATCH)), [])
     remaining = iter(records)
-    while batch := list(islice(remaining, BATCH)):
-        yield _completed([encode_steps(record, tokenizer, eos_ids, chat, system) for record in batch], tokenizer)
+    first = list(islice(batches, -(-PROCESSES_FROM // BATCH)))
+    num_processes = min(_num_cores(), MAX_PROCESSES)
+    if len(first) * BATCH < PROCESSES_FROM or num_processes < MIN_PROCESSES:
+        yield from map(encode, chain(first, batches))
+    else:
+        yield from encode_in_processes(encode, chain(first, batches), num_processes)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_batch(
+    records: Sequence[Record], tokenizer: Tokenizer, eos_ids: Ids, chat: bool, system: str | None
+) -> list[Prompt | DataError]:
+    """Tokenises one batch of records, see `encode_batches`.
+
+    Args:
+        records: The conversations.
+        tokenizer: A transformers tokenizer.
+        eos_ids: Token ids that end a turn.
+        chat: Whether prompts go through the chat template.
+        system: System message for the records that have none; None adds none.
+    """
+    return _completed([encode_steps(record, tokenizer, eos_ids, chat, system) for record in records], tokenizer)
 
 
 def _completed(computations: Sequence[Steps[Prompt]], tokenizer: Tokenizer) -> list[Prompt | DataError]:
