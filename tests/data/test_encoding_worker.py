@@ -11,15 +11,16 @@ from distillkit.types import Record
 from helpers.models import END_ID, tiny_tokenizer
 
 
-def record(index: int, answer: str = "Yes.") -> Record:
-    turns = ({"role": "user", "content": f"Is it {index}?"}, {"role": "assistant", "content": answer})
+def record(index: int) -> Record:
+    turns = ({"role": "user", "content": f"Is it {index}?"}, {"role": "assistant", "content": "Yes."})
     return Record(turns, f"a.jsonl line {index}")
 
 
 def test_processes_give_what_this_one_would_in_order(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH", 2)
     records = [record(index) for index in range(9)]
-    records[3] = Record(({"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}), "a.jsonl line 3")
+    question, answer = records[3].messages
+    records[3] = Record((question, {**answer, "reasoning_content": "Hm"}), "a.jsonl line 3")
     settings = records, tiny_tokenizer(), (END_ID,), True, None
 
     def results():
@@ -28,16 +29,21 @@ def test_processes_give_what_this_one_would_in_order(monkeypatch):
 
     expected = results()
     monkeypatch.setattr(encoding, "PROCESSES_FROM", 3)
-    monkeypatch.setattr(encoding, "_num_cores", lambda: 2)
-    assert results() == expected, "two cores are too few"
-    monkeypatch.setattr(encoding, "MIN_PROCESSES", 2)
+    monkeypatch.setattr(encoding, "_num_cores", lambda: 1)
+    assert results() == expected, "one core is too few"
+    monkeypatch.setattr(encoding, "MIN_PROCESSES", 1)
     started = []
     monkeypatch.setattr(
         encoding, "encode_in_processes", lambda *call: started.append(call[2]) or encode_in_processes(*call)
     )
     assert results() == expected
-    assert started == [2]
+    assert started == [1]
     assert isinstance(expected[3], str)
+
+
+def test_results_come_in_the_order_of_the_batches():
+    batches = [[index] * 9 for index in range(30)]
+    assert list(encode_in_processes(list, iter(batches), 3)) == batches
 
 
 def test_a_process_that_dies_is_named():

@@ -107,8 +107,8 @@ def encode_batches(
     """
     require_chat_template(tokenizer, chat)
     encode = partial(encode_batch, tokenizer=tokenizer, eos_ids=eos_ids, chat=chat, system=system)
-    batches = iter(lambda: list(islice(remaining, BATCH)), [])
     remaining = iter(records)
+    batches = iter(lambda: list(islice(remaining, BATCH)), [])
     first = list(islice(batches, -(-PROCESSES_FROM // BATCH)))
     num_processes = min(_num_cores(), MAX_PROCESSES)
     if len(first) * BATCH < PROCESSES_FROM or num_processes < MIN_PROCESSES:
