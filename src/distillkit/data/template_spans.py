@@ -6,7 +6,7 @@ token, when the template trims the content, and when a user quotes a special tok
 
 import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -246,7 +246,15 @@ def _without_ends(content: str, ends: Sequence[str]) -> str:
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     """The tokens of each text, without added special tokens."""
     # verbose=False: max_length decides on long texts, not the tokenizer's warning about its maximum.
-    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    return [shared(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+_TOKENS: dict[int, int] = {}
+
+
+def shared(ids: Iterable[int]) -> Ids:
+    """Token ids as a tuple in which equal ids are one object: 8 bytes a token instead of 36."""
+    return tuple([_TOKENS.setdefault(token, token) for token in ids])
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

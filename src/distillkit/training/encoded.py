@@ -24,7 +24,7 @@ from distillkit.data import template_spans as spans_code
 from distillkit.data import turns as turns_code
 from distillkit.data.encoding import BATCH, EncodeReport, Facts, Overlong, choose, encode_all, encode_batches, facts
 from distillkit.data.records import OnError
-from distillkit.data.template_spans import Ids
+from distillkit.data.template_spans import Ids, shared
 from distillkit.errors import DataError, StoreError
 from distillkit.remote.wheels import cache_dir
 from distillkit.storage.atomic import atomic_path
@@ -78,7 +78,7 @@ class EncodedPrompts(Sequence[Prompt]):
         row = self._rows[index]
         batch, offset = self._batches[row // BATCH], row % BATCH
         input_ids, reference_ids, rejected_ids = (
-            tuple(batch.column(name)[offset].values.to_numpy().tolist()) for name, _ in _IDS
+            shared(batch.column(name)[offset].values.to_numpy().tolist()) for name, _ in _IDS
         )
         mask = tuple(map(bool, batch.column("mask")[offset].as_py()))
         messages = tuple(json.loads(batch.column("messages")[offset].as_py()))
@@ -119,9 +119,9 @@ def encode_split(
     selection = max_length, overlong, responses, on_error
     if key is None:
         return encode_all(records, tokenizer, eos_ids, chat, system, *selection)
-    batches = encode_batches([replace(record, origin=_ORIGIN) for record in records], tokenizer, eos_ids, chat, system)
+    batches = encode_batches((replace(record, origin=_ORIGIN) for record in records), tokenizer, eos_ids, chat, system)
     try:
-        table = _kept(
+        table = _stored_batches(
             cache_dir() / "encoded" / f"{key}.arrow", len(records), (_table(batch, eos_ids) for batch in batches)
         )
     except (OSError, StoreError) as error:
@@ -154,7 +154,7 @@ def _facts(batches: Iterable[pa.RecordBatch], origins: Sequence[str]) -> Iterato
             yield fact._replace(problem=fact.problem.replace(_ORIGIN, origin)) if fact.problem else fact
 
 
-def _kept(file: Path, num_records: int, batches: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
+def _stored_batches(file: Path, num_records: int, batches: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
     """The batches of a file, which are computed and written if there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):  # of all processes one encodes
