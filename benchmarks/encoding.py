@@ -27,7 +27,7 @@ from distillkit.data import encode
 from distillkit.testing import tiny_tokenizer
 from distillkit.types import Record
 
-WORDS = tuple("What is the capital of France? Paris, a city on the Seine. Write one sentence about the sea.".split())
+WORDS = ("What", "is", "the", "capital", "of", "France?", "Paris,", "a", "city", "on", "the", "river", "Seine.")
 PHASES = ("one at a time", "all", "first start", "second start", "use")
 
 
