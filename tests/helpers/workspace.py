@@ -17,8 +17,8 @@ def make(folder: Path) -> Path:
     """Writes the models and files that the documentation names, and those that it shows, into a new folder.
 
     Returns:
-        The folder, with `teacher`, `student`, `prompts.jsonl`, `heldout.jsonl`, `preference.jsonl`, `configs`, and each file whose content
-        is a block of some page.
+        The folder, with `teacher`, `student`, `prompts.jsonl`, `heldout.jsonl`, `preference.jsonl`, `configs`, and each
+        file whose content is a block of some page.
     """
     folder.mkdir(parents=True)
     save_tiny(folder / "teacher", layers=4, seed=1)

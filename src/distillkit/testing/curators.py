@@ -35,7 +35,7 @@ class CuratorContract:
         raise NotImplementedError("write make(): it returns the curator under test")
 
     def prompts(self) -> Prompts:
-        """Prompts of a run, each with its own reference response and a worse one; override it for a curator that needs others."""
+        """Prompts of a run, each with a reference response and a worse one; override it for other needs."""
         return make_prompts(NUM_PROMPTS)
 
     def test_rounds_is_valid(self) -> None:
