@@ -13,7 +13,7 @@ from distillkit.data.chat import require_chat_template
 from distillkit.data.collate import Layout, collate
 from distillkit.data.decontaminate import Decontamination, without_overlap
 from distillkit.data.formats import Format
-from distillkit.data.records import OnError, Source, SourceSetting, log_left_out
+from distillkit.data.records import OnError, Source, SourceSetting, log_left_out, refusal
 from distillkit.devices.seeds import resolve_seed
 from distillkit.devices.streams import backend
 from distillkit.errors import ConfigError, DataError, check_range
@@ -327,9 +327,7 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 
 
 def _require_responses(records: list[Record], consumer: str) -> None:
-    for record in records:
-        if record.messages[-1]["role"] != "assistant":
-            raise DataError(
-                f"{record.origin} has no response, and {consumer} needs one: add a response column, or let a "
-                "teacher generate the responses."
-            )
+    advice = f"and {consumer} needs one: add a response column, or let a teacher generate the responses."
+    missing = [record.origin for record in records if record.messages[-1]["role"] != "assistant"]
+    if missing:
+        raise refusal("data", [f"{origin} has no response, {advice}" for origin in missing], len(records))
