@@ -12,6 +12,7 @@ from distillkit.data.chat import encode, prompt_id
 from distillkit.data.formats import Columns
 from distillkit.data.records import Source
 from distillkit.data.rows import read_row
+from distillkit.data.turns import api_request
 from distillkit.errors import DataError
 from helpers.models import CHAT_TEMPLATE, END_ID, tiny_tokenizer
 
@@ -222,6 +223,29 @@ def test_tools_that_the_template_does_not_write_are_refused():
             encode(read(row), tiny_tokenizer(), (END_ID,), chat=True)
     with pytest.raises(DataError, match="has tools, which plain text can't hold"):
         encode(read({"prompt": "Hi", "tools": [TOOL]}), tiny_tokenizer(), (END_ID,), chat=False)
+
+
+def test_a_server_gets_tools_and_calls_in_its_form():
+    messages = read(TOOL_ROWS["sharegpt"]).messages
+    request = api_request(messages)
+    assert request["tools"] == [TOOL]
+    assert [message["role"] for message in request["messages"]] == ["user", "assistant", "tool", "assistant"]
+    (call,) = request["messages"][1]["tool_calls"]
+    assert call == {"type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    assert "tools" not in request["messages"][0]
+    assert api_request((USER,)) == {"messages": [USER]}
+
+
+def test_a_row_of_calls_without_a_name_or_with_more_than_that_is_refused():
+    for call, message in (
+        ({"function": {"name": 3}}, "must have a name and arguments"),
+        ({"function": {"name": "f", "arguments": "{"}}, "is not valid JSON"),
+        ({"name": "f", "arguments": {}, "weight": 2}, "has keys that would have no effect: 'weight'"),
+        ("f", "is not valid JSON"),
+    ):
+        calls = call if isinstance(call, str) else [call]
+        with pytest.raises(DataError, match=rf"^a\.jsonl line 7, messages, turn 2, tool_calls {message}"):
+            read({"messages": [USER, {"role": "assistant", "tool_calls": calls}]})
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
