@@ -38,8 +38,8 @@ def main() -> None:
         report(measured(job))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000, help="how many")
-    parser.add_argument("--words", type=int, default=120, help="words of a response; a prompt has a quarter of them")
+    parser.add_argument("--rows", type=int, default=20_000, help="how many")
+    parser.add_argument("--words", type=int, default=60, help="words of a response; a prompt has a quarter of them")
     parser.add_argument("--tokenizer", help="folder of a tokenizer with a chat template; by default a tiny one")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES, help="which phases, in this order")
     add_output_options(parser, "encoding.json")
