@@ -39,6 +39,7 @@ PARTS = {
     },
     "curator": {
         "BestOfN",
+        "DataPairs",
         "DatasetCurator",
         "FilteredCurator",
         "MixedCurator",

@@ -57,6 +57,12 @@ def test_a_store_gives_back_what_was_written(tmp_path):
     assert 600 * 36 < found["settings"]["bytes"] * 600 < 600 * 400
 
 
+@pytest.mark.slow
+def test_encoding_is_measured_with_the_same_rows_in_each_phase(tmp_path):
+    found = run(tmp_path, "encoding.py", "--rows", "2100", "--words", "4")
+    assert [row["count"] for row in found["rows"]] == [2100] * 5
+
+
 @pytest.mark.long
 def test_every_family_gives_what_a_plain_loop_gives(tmp_path):
     page = tmp_path / "page.md"

@@ -85,6 +85,7 @@ BENCHMARKS = {
         "takes minutes and a quiet machine", "tests/test_benchmarks.py"
     ),
     "python benchmarks/layouts.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
+    "python benchmarks/encoding.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/store.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/kills.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
     "python benchmarks/full_disk.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),

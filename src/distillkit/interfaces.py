@@ -196,8 +196,9 @@ class PromptSource(Part, ABC):
     path: str
     """Name of the source in messages and in the model card, such as the path of a file."""
 
-    invalid: Literal["error", "drop"] = "error"
-    """Treatment of a record that can't be encoded: `error` stops, `drop` leaves it out and counts it."""
+    on_error: Literal["stop", "skip"] | None = None
+    """Treatment of a record that can't be encoded: `stop` stops, `skip` leaves it out and counts it; None is that of
+    the data (`data.on_error`)."""
 
     def check(self) -> None:
         """Checks the settings without reading or generating anything. Called before `records`.

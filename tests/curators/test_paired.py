@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 
-from distillkit.curators.paired import PairedCurator
+from distillkit.curators.paired import DataPairs, PairedCurator
 from distillkit.curators.single import DatasetCurator, StudentCurator, TeacherCurator
 from distillkit.data.collate import collate
 from distillkit.errors import ConfigError, DataError
 from distillkit.interfaces import Generator
+from distillkit.losses.dpkd import DPKD
+from distillkit.losses.token import side_of
 from distillkit.types import Prompt, Prompts, Response, Row
 
 T, F = True, False
@@ -84,3 +88,22 @@ def test_the_data_can_be_one_side_and_then_every_prompt_needs_a_response(place, 
 
 def test_without_the_data_no_prompt_needs_a_response():
     assert not PairedCurator().needs_reference
+
+
+PAIR = Prompt("a", (), (5,), (5, 7, 5, 8), (F, T, F, T), origin="a.jsonl line 3", rejected_ids=(5, 7, 5, 9, 9))
+
+
+def test_pairs_of_the_data_are_a_better_and_a_worse_answer_to_one_prompt():
+    rows = DataPairs().curate(Prompts((replace(PAIR, input_ids=(5, 7, 5)),)), {})
+    assert rows == [
+        Row((5, 7, 5, 8), (F, F, F, T), "dataset", "a"),
+        Row((5, 7, 5, 9, 9), (F, F, F, T, T), "rejected", "a"),
+    ]
+    batch = collate(rows, pad_id=0)
+    assert [side_of(writer) for writer in batch.writer] == ["teacher", "student"]
+    assert DPKD().units(batch) == 1
+
+
+def test_prompts_without_a_pair_are_refused_before_anything_is_trained_on():
+    with pytest.raises(DataError, match=r"DataPairs needs two responses .* 2 of 3 have none, such as "):
+        DataPairs().prepare(Prompts((PAIR, *PROMPTS)), {})

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distillkit.data.chat import EncodeReport, encode, encode_all, encode_response, require_chat_template
+from distillkit.data.chat import encode, encode_response, require_chat_template
+from distillkit.data.encoding import EncodeReport, encode_all
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Record
 

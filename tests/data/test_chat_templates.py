@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.data.chat import encode, encode_all, encode_response, require_chat_template
+from distillkit.data.chat import encode, encode_response, require_chat_template
 from distillkit.data.chat_templates import (
     check_template,
     prints_date,
@@ -15,6 +15,7 @@ from distillkit.data.chat_templates import (
     with_arguments,
     with_date,
 )
+from distillkit.data.encoding import encode_all
 from distillkit.data.records import Record
 from distillkit.data.template_spans import template_end
 from distillkit.errors import ConfigError, DataError, ModelError

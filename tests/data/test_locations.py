@@ -1,6 +1,7 @@
 """Prompts from folders, patterns, lists and revisions."""
 
 import json
+import lzma
 import os
 import re
 from pathlib import Path
@@ -150,9 +151,10 @@ def test_a_folder_without_all_its_shards_is_refused():
 
 def test_files_that_the_datasets_library_reads_are_read_with_the_reason_of_an_error():
     Path("folder").mkdir()
-    Path("folder/a.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}]))
+    packed = Path("folder/a.json.xz")
+    packed.write_bytes(lzma.compress(json.dumps([{"prompt": "a"}, {"prompt": "b"}]).encode()))
     assert read("folder") == [("a", "folder train row 1"), ("b", "folder train row 2")]
-    Path("folder/a.json").write_text('{"prompt": "a')
+    packed.write_bytes(lzma.compress(b'{"prompt": "a'))
     with pytest.raises(DataError, match=r"the folder folder can't be loaded .*JSON parse error"):
         read("folder")
 

@@ -251,10 +251,10 @@ def test_a_path_that_looks_like_a_missing_file_is_refused_before_anything_else(p
 
 
 def test_a_file_of_an_unknown_format_is_refused():
-    Path("data.json").write_text("[]", encoding="utf-8")
+    Path("data.txt").write_text("[]", encoding="utf-8")
 
-    with pytest.raises(DataError, match=r"data\.json has an unknown format; convert it to one of \.jsonl, "):
-        Source("data.json").check()
+    with pytest.raises(DataError, match=r"data\.txt has an unknown format; convert it to one of \.jsonl, "):
+        Source("data.txt").check()
 
 
 def test_a_wheel_in_another_form_is_refused_without_a_download():

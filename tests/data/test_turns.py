@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from distillkit.data.chat import encode, encode_all, encode_response
+from distillkit.data.chat import encode, encode_response
+from distillkit.data.encoding import encode_all
 from distillkit.errors import DataError
 from distillkit.types import Record
 from helpers.models import END_ID, tiny_tokenizer
@@ -151,7 +152,7 @@ def test_records_that_cant_be_encoded_are_left_out_and_counted():
         ({"role": "user", "content": "What?"}, {"role": "assistant", "content": "a", "reasoning_content": "b"}),
         "line 2",
     )
-    prompts, report = encoded([record("What?", "four"), bad, record("Who?", "two")], invalid="drop")
+    prompts, report = encoded([record("What?", "four"), bad, record("Who?", "two")], on_error="skip")
     assert len(prompts) == 2
     assert len(report.problems) == 1
     assert report.problems[0].startswith("line 2: the chat template")

@@ -50,30 +50,33 @@ def as_parquet(**settings):
 FILES = {
     "data.jsonl": as_jsonl(),
     "data.jsonl.gz": gzip.compress(as_jsonl(), mtime=0),
+    "data.json": json.dumps(ROWS, indent=1).encode(),
     "data.csv": as_csv(),
+    "data.tsv": as_csv().replace(b",", b"\t"),
     "data.parquet": as_parquet(),
     "plain.parquet": as_parquet(compression="none", use_dictionary=False),
     "zstd.parquet": as_parquet(compression="zstd", data_page_version="2.0", row_group_size=2),
 }
 
 
-@pytest.mark.parametrize("invalid", ["error", "drop"])
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
 @pytest.mark.parametrize("name", FILES)
-def test_mutated_files_are_read_or_refused(name, invalid, tmp_path):
+def test_mutated_files_are_read_or_refused(name, on_error, tmp_path):
     path = tmp_path / name
 
     def read(data):
         path.write_bytes(data)
-        records = Source(str(path), invalid=invalid).records()
+        records = Source(str(path), on_error=on_error).records()
         assert all(record.messages for record in records)
 
-    outcome = fuzz(f"{name} {invalid}", lambda rng: mutated(FILES[name], rng), read)
+    outcome = fuzz(f"{name} {on_error}", lambda rng: mutated(FILES[name], rng), read)
     assert outcome.refused["DataError"] > 0
 
 
 KEYS = (
     *("prompt", "response", "messages", "completion", "system", "history", "input", "instruction", "tools"),
     *("role", "content", "weight", "train", "reasoning_content", "thinking", *sorted(METADATA)[:4]),
+    *("conversations", "from", "value", "chosen", "rejected", "output", "tool_calls", "tool_call_id", "name"),
 )
 
 
@@ -95,6 +98,11 @@ def any_row(rng: random.Random):
         row |= {"prompt": any_text(rng, ("Hi ", "ho", "\n")), "completion": rng.choice([None, "Hello", any_value(rng)])}
     while rng.random() < 0.3:
         row[rng.choice(KEYS)] = any_value(rng)
+    if rng.random() < 0.3 and "messages" in row:
+        row[rng.choice(("conversations", "chosen"))] = row.pop("messages")
+        row |= {"rejected": rng.choice(["No", row.get("chosen", None)])} if "chosen" in row else {}
+    if rng.random() < 0.1:
+        row["tools"] = rng.choice([[{"name": "f"}], '[{"name": "f"}]', [], "[", any_value(rng, 2)])
     return row if rng.random() < 0.95 else any_value(rng)
 
 

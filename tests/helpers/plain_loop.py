@@ -10,7 +10,7 @@ import lightning
 import torch
 
 from distillkit import DistillData, DistillModule, Sampling, Student
-from distillkit.data.chat import encode_all
+from distillkit.data.encoding import encode_all
 from distillkit.data.records import Source
 from distillkit.generators.transformers import TransformersGenerator
 from distillkit.losses import ForwardKL

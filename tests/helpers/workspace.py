@@ -17,8 +17,8 @@ def make(folder: Path) -> Path:
     """Writes the models and files that the documentation names, and those that it shows, into a new folder.
 
     Returns:
-        The folder, with `teacher`, `student`, `prompts.jsonl`, `heldout.jsonl`, `configs`, and each file whose content
-        is a block of some page.
+        The folder, with `teacher`, `student`, `prompts.jsonl`, `heldout.jsonl`, `preference.jsonl`, `configs`, and each
+        file whose content is a block of some page.
     """
     folder.mkdir(parents=True)
     save_tiny(folder / "teacher", layers=4, seed=1)
@@ -26,6 +26,8 @@ def make(folder: Path) -> Path:
     for name, count in NUM_PROMPTS.items():
         rows = [{"prompt": f"Name day {day} of the {name}.", "response": f"It is day {day}."} for day in range(count)]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": f"Name day {day}.", "chosen": f"It is day {day}.", "rejected": "No."} for day in range(6)]
+    (folder / "preference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     for name, text in docs.files().items():
         (folder / name).write_text(text)
     (folder / "configs").symlink_to(docs.ROOT / "configs")

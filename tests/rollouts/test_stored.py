@@ -1,5 +1,5 @@
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -346,3 +346,16 @@ def test_a_generator_may_get_more_prompts_at_once(tmp_path):
     inner.responses_per_shard = 5
     stored(tmp_path, inner).generate(some_prompts(), SAMPLING)
     assert [len(group) for group in inner.asked] == [5, 2]
+
+
+def test_responses_know_what_they_were_generated_for(tmp_path):
+    generator = stored(tmp_path, Counting())
+    prompts = some_prompts(5)
+    generator.generate(replace(prompts[:2], purpose="reference"), SAMPLING)
+    generator.generate(prompts, SAMPLING)
+    rows = list(stored_rows(generator.store.catalog, list(generator.store.catalog.provenances)))
+    assert {row["prompt_id"]: row["purpose"] for row in rows} == {
+        "p0": "reference",
+        "p1": "reference",
+        **dict.fromkeys(("p2", "p3", "p4"), "training"),
+    }

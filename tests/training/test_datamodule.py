@@ -105,7 +105,7 @@ def test_rows_that_cant_be_used_are_left_out_counted_and_listed_if_wanted(tmp_pa
     path = write(tmp_path / "data.jsonl", rows)
     with pytest.raises(DataError, match="line 2 has columns that would have no effect: 'rating'"):
         attached(DistillData(path))
-    data = attached(DistillData(Source(path, invalid="drop")))
+    data = attached(DistillData(Source(path, on_error="skip")))
     assert len(data.prompts["train"]) == 1
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text.partition(";")[0].replace(path, "data.jsonl") for text in warnings] == [
@@ -234,3 +234,41 @@ def test_a_tokenizer_without_a_chat_template_is_refused_for_chat(file):
     with pytest.raises(ModelError, match="has no chat template"):
         attached(DistillData(file), tokenizer=tokenizer)
     attached(DistillData(file, chat=False), tokenizer=tokenizer)
+
+
+def test_the_format_and_the_treatment_of_errors_are_those_of_every_source_without_its_own(tmp_path):
+    rows = [{"instruction": "Question", "output": "Answer"}, {"prompt": 3}]
+    path = write(tmp_path / "data.jsonl", rows)
+    data = attached(DistillData(path, Source(path, format="auto"), format="alpaca", on_error="skip"))
+    assert [prompt.reference for split in ("train", "val") for prompt in data.prompts[split]] == ["Answer"] * 2
+    with pytest.raises(DataError, match="line 1 is no row of the format openai"):
+        attached(DistillData(Source(path, limit=1), format="openai"))
+    with pytest.raises(DataError, match="line 2, prompt must be a text"):
+        attached(DistillData(Source(path, on_error="stop"), on_error="skip"))
+
+
+def test_held_out_prompts_are_for_references_and_their_file_is_read_once(file, caplog):
+    with caplog.at_level("INFO", "distillkit"):
+        data = attached(DistillData(file, file))
+    assert {name: prompts.purpose for name, prompts in data.prompts.items()} == {
+        "train": "training",
+        "val": "reference",
+    }
+    assert sum("in the format plain" in message for message in caplog.messages) == 2
+
+
+def test_training_prompts_that_are_null_are_refused():
+    with pytest.raises(ConfigError, match=r"^DistillData\.train is missing: name the training prompts"):
+        DistillData(None)
+
+
+def test_the_prompts_of_a_large_file_are_read_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("distillkit.training.encoded.CACHED_FROM", 3)
+    path = write(tmp_path / "data.jsonl", [{"prompt": f"Question {i}", "response": f"Answer {i}"} for i in range(5)])
+    batches = [
+        [batch.input_ids.tolist() for batch in attached(DistillData(path, batch_size=2)).train_dataloader()]
+        for _ in range(2)
+    ]
+    assert batches[0] == batches[1]
+    assert len(list((tmp_path / "cache" / "encoded").glob("*.arrow"))) == 1

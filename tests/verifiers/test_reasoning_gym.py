@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distillkit.cli.main import main
-from distillkit.data.chat import encode_all
+from distillkit.data.encoding import encode_all
 from distillkit.data.reasoning_gym import ReasoningGym
 from distillkit.errors import ConfigError, DataError
 from distillkit.models.tokenizers import eos_ids

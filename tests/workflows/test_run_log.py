@@ -12,11 +12,12 @@ _log = logging.getLogger("distillkit.tests")
 def test_a_run_keeps_its_log_with_each_row_left_out_and_why(tmp_path: Path) -> None:
     save_models(tmp_path)
     rows = ['{"prompt": "one", "response": "two"}', '{"prompt": "three", "response": "four"}']
-    (tmp_path / "train.jsonl").write_text("\n".join([*rows, rows[0], *rows[1:]]) + "\n")
+    bad = ['{"prompt": 3}'] * 25
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows, rows[0], *rows[1:], *bad]) + "\n")
     settings = {
         "trainer": QUIET | {"default_root_dir": str(tmp_path / "run"), "max_steps": 1},
         "model": {"student": {"source": str(tmp_path / "student")}, "loss": "CrossEntropy"},
-        "data": {"train": str(tmp_path / "train.jsonl"), "batch_size": 1},
+        "data": {"train": str(tmp_path / "train.jsonl"), "batch_size": 1, "on_error": "skip"},
     }
     config = write_config(tmp_path / "run.yaml", settings)
     assert command(["fit", "--config", config]) == 0
@@ -24,6 +25,8 @@ def test_a_run_keeps_its_log_with_each_row_left_out_and_why(tmp_path: Path) -> N
     assert (
         f"left out: {tmp_path / 'train.jsonl'} line 3 has the same prompt as {tmp_path / 'train.jsonl'} line 1" in log
     )
+    assert "train.jsonl: 25 of 29 rows are left out" in log
+    assert log.count(", prompt must be a text, got 3") == 25, "the terminal lists twenty"
     assert command(["fit", "--config", config]) == 1, "the folder holds a run"
     assert (tmp_path / "run" / "run.log").read_text() == log
 

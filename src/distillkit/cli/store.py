@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(function=function)
         return subparser
 
-    path = ("path", "the store: a folder, or another fsspec address such as s3://…")
+    path = ("path", "the store, or the run that has it: a folder, or another fsspec address such as s3://…")
     info = verb("info", "count the responses and tokens of each writer, model and round", _info, path)
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     show = verb("show", "print some responses with their prompts", _show, path)
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("jsonl", "datasets"), default="jsonl", help="datasets: a folder for the hub"
     )
     export.add_argument("--ended", action="store_true", help="leave out truncated responses")
+    export.add_argument("--held-out", action="store_true", help="include the references of held-out prompts")
     export.add_argument("--tokens", action="store_true", help="include token ids and the writer's log-probabilities")
     root = ("path", "a store, a teacher cache, a run, or any folder above these; or the address of a store")
     verify = verb("verify", "read every stored file and checkpoint, and say which are damaged", _verify, root)
@@ -91,7 +92,9 @@ def _info(arguments: argparse.Namespace) -> list[str]:
         right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
         lines.append("  ".join([*left, *right]).rstrip())
     responses, size = (sum(fact[name] for fact in facts) for name in ("responses", "bytes"))
-    return [*lines, f"{responses} responses, {_size(size)}; the messages of {prompts} prompts"]
+    held_out = sum(fact["held_out"] for fact in facts)
+    notes = f" ({held_out} to held-out prompts)" if held_out else ""
+    return [*lines, f"{responses} responses{notes}, {_size(size)}; the messages of {prompts} prompts"]
 
 
 def _facts(catalog: Catalog) -> Iterator[dict[str, Any]]:
@@ -105,6 +108,7 @@ def _facts(catalog: Catalog) -> Iterator[dict[str, Any]]:
             "key": key,
             "generators": generators,
             "responses": responses,
+            "held_out": sum(shard.responses for shard in shards if shard.purpose == "reference"),
             **counts,
             "shards": len(shards),
         }
@@ -147,6 +151,7 @@ def _render(row: dict[str, Any]) -> list[str]:
     """Lines that show a response below its prompt."""
     ended = "ended" if row["finish"] == "stop" else f"cut at {row['sampling']['max_new_tokens']}"
     head = f"{row['writer']}, round {row['round']}, prompt {row['prompt_id']}, {len(row['token_ids'])} tokens, {ended}"
+    head += ", held out" if row["purpose"] == "reference" else ""
     prompt = [f"[{message['role']}] {message['content']}" for message in row["messages"] or ()]
     return [f"── {head}", *(readable(text) for text in (*prompt, f"[{row['writer']}] {row['text']}"))]
 
@@ -168,6 +173,7 @@ def _export(arguments: argparse.Namespace) -> Sequence[str]:
         arguments.round,
         arguments.ended,
         arguments.tokens,
+        arguments.held_out,
     )
 
 

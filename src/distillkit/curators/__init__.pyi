@@ -7,6 +7,7 @@ from .filters import Repeated as Repeated
 from .filters import TooLong as TooLong
 from .filters import Truncated as Truncated
 from .mixed import MixedCurator as MixedCurator
+from .paired import DataPairs as DataPairs
 from .paired import PairedCurator as PairedCurator
 from .replay import ReplayCurator as ReplayCurator
 from .single import DatasetCurator as DatasetCurator

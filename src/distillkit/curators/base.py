@@ -52,7 +52,7 @@ def merged_generators(*curators: Curator) -> Mapping[str, Generator]:
             if merged.setdefault(name, generator) is not generator:
                 raise ConfigError(
                     f"Two curators have different generators for the writer {name}: {type(merged[name]).__name__} and "
-                    f"{type(generator).__name__}. Use the same generator in both."
+                    f"{type(generator).__name__}. Use the same generator in both, or DataPairs for pairs of the data."
                 )
     return merged
 

@@ -1,11 +1,12 @@
-"""Pairs of responses: two to each prompt, by two curators."""
+"""Pairs of responses: two to each prompt, by two curators or from the data."""
 
 from collections.abc import Mapping, Sequence
 
 from distillkit.curators.base import merged_generators
 from distillkit.curators.single import StudentCurator, TeacherCurator
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, DataError
 from distillkit.interfaces import Curator, Generator
+from distillkit.losses.token import REJECTED
 from distillkit.types import Prompts, Row
 
 
@@ -60,3 +61,46 @@ class PairedCurator(Curator):
         chosen = self.chosen.curate(prompts, generators)
         rejected = self.rejected.curate(prompts, generators)
         return [row for pair in zip(chosen, rejected, strict=True) for row in pair]
+
+
+class DataPairs(Curator):
+    """The better and the worse response of each row of preference data (`chosen`, `rejected`).
+
+    Trained on are the last answers. A contrastive loss raises the probability of the better one and lowers that of the
+    worse one, as if the student had written it (`losses.side_of`).
+    """
+
+    needs_reference = True
+
+    @property
+    def rounds(self) -> str | int:
+        return "once"
+
+    @property
+    def writers(self) -> frozenset[str]:
+        return frozenset()
+
+    def prepare(self, prompts: Prompts, generators: Mapping[str, Generator]) -> None:
+        """Refuses prompts without a pair.
+
+        Raises:
+            DataError: If a prompt came without two responses.
+        """
+        missing = [prompt for prompt in prompts if not prompt.rejected_ids]
+        if missing:
+            raise DataError(
+                f"DataPairs needs two responses to each prompt, and {len(missing)} of {len(prompts)} have none, such "
+                f"as {missing[0].origin or missing[0].excerpt}: write a chosen and a rejected response, or use another "
+                "curator, such as PairedCurator."
+            )
+
+    def curate(self, prompts: Prompts, generators: Mapping[str, Generator]) -> Sequence[Row]:
+        """Two rows per prompt."""
+        self.prepare(prompts, generators)
+        rows = []
+        for prompt in prompts:
+            for writer, ids in (("dataset", prompt.reference_ids), (REJECTED, prompt.rejected_ids)):
+                start = len(prompt.input_ids)
+                mask = tuple(index >= start for index in range(len(ids)))
+                rows.append(Row(ids, mask, writer, prompt.id))
+        return rows

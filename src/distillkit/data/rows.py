@@ -1,51 +1,30 @@
 """Rows of data as checked conversations. A key of a row has its effect, or the row is refused: none is ignored."""
 
-import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from distillkit.data.formats import METADATA as METADATA
+from distillkit.data.formats import Columns as Columns
+from distillkit.data.formats import resolve
+from distillkit.data.turns import (
+    ROLES,
+    Turn,
+    check_order,
+    describe,
+    is_empty,
+    shorten,
+    text_of,
+    tool_calls,
+    tools_of,
+    turns_of,
+)
 from distillkit.errors import DataError
 from distillkit.types import Message, Record
 
-ROLES = ("system", "user", "assistant")
-
-METADATA = {
-    *("id", "_id", "idx", "index", "uuid", "uid", "prompt_id", "message_id", "conversation_id", "__index_level_0__"),
-    *("source", "dataset", "origin", "url", "license", "language", "lang", "category", "topic", "tags", "split"),
-    *("date", "timestamp", "created", "created_at", "updated_at", "author", "model", "version", "comment", "notes"),
-    *("metadata", "meta", "num_turns", "num_tokens", "length", "score", "difficulty"),
-    *("writer", "round", "sampling", "generator", "token_ids", "log_probs"),  # of a store's exports
-}
-"""Keys that describe a row or a message. They have no effect, unless they are named as a column."""
-
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_MESSAGE_KEYS = ("role", "content", "weight", "train", *_REASONING)
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a row's columns.
-
-    Args:
-        prompt: Column with the user's prompt.
-        response: Column with the response.
-        messages: Column with a whole conversation.
-        ignored: Columns, and keys of messages, that have no effect.
-    """
-
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str = "messages"
-    ignored: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A message of a row and its location."""
-
-    message: Mapping[str, object]
-    origin: str
+_MESSAGE_KEYS = ("role", "content", "weight", "train", "tool_calls", *_REASONING)
+_TOOL_KEYS = ("name", "tool_call_id")
+"""Keys of a tool's turn that chat templates read."""
 
 
 def read_row(row: object, origin: str, columns: Columns) -> Record:
@@ -60,35 +39,97 @@ def read_row(row: object, origin: str, columns: Columns) -> Record:
         DataError: If the row is malformed, or has a column or a key of a message that would have no effect.
     """
     if not isinstance(row, Mapping):
-        raise DataError(f"{origin} is not an object but {_describe(row)}; write one JSON object per line.")
+        raise DataError(f"{origin} is not an object but {describe(row)}; write one JSON object per line.")
     row = {key: value for key, value in row.items() if key not in columns.ignored}
-    if columns.response == "response" and row.get("response") is None and "completion" in row:
-        columns = replace(columns, response="completion")  # TRL's name
-    if row.get(columns.messages) is not None:
-        turns = _messages(row[columns.messages], f"{origin}, {columns.messages}")
+    columns = resolve(row, origin, columns)
+    rejected: list[Turn] = []
+    if columns.format in ("openai", "sharegpt"):
+        turns = turns_of(row.pop(columns.messages), f"{origin}, {columns.messages}")
         _check_repetition(row, turns, origin, columns)
+        used = {columns.prompt, columns.response}
+    elif columns.format == "preference":
+        turns, rejected = _pair(row, origin, columns)
+        used = {columns.prompt}
     else:
-        turns = _history(row.pop("history", None), f"{origin}, history")
-        turns += _text_or_messages(_prompt(row, origin, columns), "user", f"{origin}, {columns.prompt}")
-        answered = row.get(columns.response) is not None
-        if turns[-1].message["role"] == "assistant" and not answered:
-            raise DataError(
-                f"{turns[-1].origin} is the start of an answer, which can't be continued; leave the turn out, or name "
-                "a whole conversation with messages_column."
-            )
-        if answered:
-            turns += _text_or_messages(row[columns.response], "assistant", f"{origin}, {columns.response}")
-            if turns[-1].message["role"] == "user":
-                raise DataError(f"{turns[-1].origin} is a user turn that ends a response; end it with an answer.")
+        turns = _prompted(row, origin, columns)
+        used = {columns.prompt, columns.response}
     system = row.pop("system", None)
-    if not _is_empty(system):
-        turns.insert(0, _Turn(_message("system", system), f"{origin}, system"))
+    if not is_empty(system):
+        turns.insert(0, Turn(_message("system", system), f"{origin}, system"))
+    tools = row.pop("tools", None)
     finish = row.pop("finish", None)
     if finish not in (None, "stop", "length"):
-        raise DataError(f"{origin} has the finish {_shorten(finish)}; use stop, or length for an answer that was cut.")
-    used = (columns.prompt, columns.response, columns.messages)
-    _refuse_unused(row, used, origin, "columns", "name the right columns with prompt_column and response_column")
-    return _conversation(turns, origin, columns, finish != "length")
+        raise DataError(f"{origin} has the finish {shorten(finish)}; use stop, or length for an answer that was cut.")
+    advice = "name the right columns with prompt_column and response_column"
+    _refuse_unused(row, used, origin, "columns", advice, columns)
+    record = _conversation(turns, origin, columns, finish != "length")
+    if not is_empty(tools):
+        record = _with_tools(record, tools_of(tools, f"{origin}, tools"))
+    return _with_rejected(record, rejected, columns) if rejected else record
+
+
+def _prompted(row: dict[str, object], origin: str, columns: Columns) -> list[Turn]:
+    """The turns of a row with a prompt, and its response if there is one."""
+    turns = _history(row.pop("history", None), f"{origin}, history")
+    turns += _text_or_messages(_prompt(row, origin, columns), "user", f"{origin}, {columns.prompt}")
+    response = row.get(columns.response)
+    if columns.response == "output" and response == "":  # Alpaca's schema has it in each row
+        response = None
+    if turns[-1].message["role"] == "assistant" and response is None:
+        raise DataError(
+            f"{turns[-1].origin} is the start of an answer, which can't be continued; leave the turn out, or name "
+            "a whole conversation with messages_column."
+        )
+    if response is not None:
+        turns += _text_or_messages(response, "assistant", f"{origin}, {columns.response}")
+        if turns[-1].message["role"] == "user":
+            raise DataError(f"{turns[-1].origin} is a user turn that ends a response; end it with an answer.")
+    return turns
+
+
+def _pair(row: dict[str, object], origin: str, columns: Columns) -> tuple[list[Turn], list[Turn]]:
+    """The conversations of a row that end with its better and with its worse response."""
+    missing = [name for name in (columns.chosen, columns.rejected) if is_empty(row.get(name))]
+    if missing:
+        raise DataError(f"{origin} is half of a pair: it has no {missing[0]!r}; write it, or leave the row out.")
+    chosen, rejected = row.pop(columns.chosen), row.pop(columns.rejected)
+    if row.get(columns.messages) == chosen:
+        row.pop(columns.messages)
+    history = row.pop("history", None)
+    conversations = []
+    for name, value in ((columns.chosen, chosen), (columns.rejected, rejected)):
+        turns = _text_or_messages(value, "assistant", f"{origin}, {name}")
+        if turns[0].message["role"] in ("system", "user"):  # a conversation by itself
+            _check_repetition(row, turns, origin, columns)
+        else:
+            before = _text_or_messages(_prompt(row, origin, columns), "user", f"{origin}, {columns.prompt}")
+            turns = _history(history, f"{origin}, history") + before + turns
+        if turns[-1].message["role"] != "assistant":
+            raise DataError(f"{turns[-1].origin} ends with a {turns[-1].message['role']} turn; end it with an answer.")
+        conversations.append(turns)
+    return conversations[0], conversations[1]
+
+
+def _with_rejected(record: Record, rejected: Sequence[Turn], columns: Columns) -> Record:
+    """A record with the last answer of another conversation of the same prompt as its worse response."""
+    worse = _conversation(rejected, record.origin, columns, record.ended)
+    system = record.messages[:1] if record.messages[0]["role"] == "system" != worse.messages[0]["role"] else ()
+    if _texts((*system, *worse.messages[:-1])) != _texts(record.messages[:-1]):
+        raise DataError(
+            f"{record.origin} has a {columns.chosen!r} and a {columns.rejected!r} that answer different prompts; "
+            "write two answers to one prompt."
+        )
+    return replace(record, rejected=worse.messages[-1])
+
+
+def _texts(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """The role and content of each message."""
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def _with_tools(record: Record, tools: str) -> Record:
+    """A record with its tools in the first message, where each part of the conversation has them."""
+    return replace(record, messages=({**record.messages[0], "tools": tools}, *record.messages[1:]))
 
 
 def _prompt(row: dict[str, object], origin: str, columns: Columns) -> object:
@@ -104,45 +145,36 @@ def _prompt(row: dict[str, object], origin: str, columns: Columns) -> object:
         )
     if columns.prompt == "instruction" and "input" in row:
         addition = row.pop("input")
-        if not _is_empty(addition):
-            return f"{_text(prompt, 'user', f'{origin}, instruction')}\n\n{_text(addition, 'user', f'{origin}, input')}"
+        if not is_empty(addition):
+            instruction = text_of(prompt, "user", f"{origin}, instruction")
+            return f"{instruction}\n\n{text_of(addition, 'user', f'{origin}, input')}"
     return prompt
 
 
-def _text_or_messages(value: object, role: str, origin: str) -> list[_Turn]:
+def _text_or_messages(value: object, role: str, origin: str) -> list[Turn]:
     """The turns of a prompt or a response: one if it is a text, several if it is a list."""
-    return _messages(value, origin) if value and isinstance(value, list) else [_Turn(_message(role, value), origin)]
-
-
-def _messages(value: object, origin: str) -> list[_Turn]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{origin} must be a list of messages with role and content, got {_describe(value)}.")
-    turns = [_Turn(message, f"{origin}, turn {number}") for number, message in enumerate(value, start=1)]
-    for turn in turns:
-        if not isinstance(turn.message, Mapping) or "role" not in turn.message or "content" not in turn.message:
-            raise DataError(f"{turn.origin} must be an object with role and content, got {_describe(turn.message)}.")
-    return turns
+    return turns_of(value, origin) if value and isinstance(value, list) else [Turn(_message(role, value), origin)]
 
 
 def _message(role: str, content: object) -> dict[str, object]:
     return {"role": role, "content": content}
 
 
-def _history(value: object, origin: str) -> list[_Turn]:
+def _history(value: object, origin: str) -> list[Turn]:
     """The turns of a history, a list of pairs of a prompt and its response."""
-    if _is_empty(value):
+    if is_empty(value):
         return []
     pairs = value if isinstance(value, list) else [None]
     turns = []
     for number, pair in enumerate(pairs, start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise DataError(f"{origin} must be a list of pairs of a prompt and its response, got {_describe(value)}.")
+            raise DataError(f"{origin} must be a list of pairs of a prompt and its response, got {describe(value)}.")
         for role, content in zip(("user", "assistant"), pair, strict=True):
-            turns.append(_Turn(_message(role, content), f"{origin}, pair {number}"))
+            turns.append(Turn(_message(role, content), f"{origin}, pair {number}"))
     return turns
 
 
-def _check_repetition(row: Mapping[str, object], turns: Sequence[_Turn], origin: str, columns: Columns) -> None:
+def _check_repetition(row: Mapping[str, object], turns: Sequence[Turn], origin: str, columns: Columns) -> None:
     """Refuses columns beside a conversation that don't repeat its first prompt or its last answer."""
     messages = [turn.message for turn in turns]
     first = next((message["content"] for message in messages if message["role"] == "user"), None)
@@ -155,38 +187,40 @@ def _check_repetition(row: Mapping[str, object], turns: Sequence[_Turn], origin:
             )
 
 
-def _refuse_unused(keys: Mapping[str, object], used: Container[str], origin: str, noun: str, advice: str) -> None:
-    """Refuses keys with a value that would have no effect."""
-    unused = [key for key, value in keys.items() if key not in used and key not in METADATA and not _is_empty(value)]
+def _refuse_unused(
+    keys: Mapping[str, object], used: Container[str], origin: str, noun: str, advice: str, columns: Columns
+) -> None:
+    """Refuses keys with a value that would have no effect, and notes those without one."""
+    unknown = [key for key in keys if key not in used and key not in METADATA]
+    unused = [key for key in unknown if not is_empty(keys[key])]
     if unused:
         raise DataError(
             f"{origin} has {noun} that would have no effect: {', '.join(map(repr, unused))[:500]}; {advice}, remove "
             "them, or list them in ignored_keys."
         )
+    columns.empty.update(f"{key!r} of a message" if noun == "keys" else repr(key) for key in unknown)
 
 
-def _is_empty(value: object) -> bool:
-    """True for what files of one schema for all rows put where a row has nothing. False is a value: `loss: false`."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def _conversation(turns: Sequence[_Turn], origin: str, columns: Columns, ended: bool) -> Record:
+def _conversation(turns: Sequence[Turn], origin: str, columns: Columns, ended: bool) -> Record:
     """The messages of one conversation, checked turn by turn."""
     messages: list[Message] = []
     untrained = set()
     for index, turn in enumerate(turns):
         role = turn.message["role"]
         if role not in ROLES:
-            raise DataError(f"{turn.origin} has the unknown role {_shorten(role)}; use one of {', '.join(ROLES)}.")
-        _check_order(str(role), messages[-1]["role"] if messages else None, turn.origin)
-        message = {"role": str(role), "content": _text(turn.message["content"], str(role), turn.origin)}
+            raise DataError(f"{turn.origin} has the unknown role {shorten(role)}; use one of {', '.join(ROLES)}.")
+        check_order(str(role), messages[-1]["role"] if messages else None, turn.origin)
+        keys = {key: value for key, value in turn.message.items() if key not in columns.ignored}
+        calls = _calls(keys, str(role), turn.origin)
+        text_role = "tool" if calls else str(role)  # beside a call, an answer may have no text
+        message = {"role": str(role), "content": text_of(turn.message["content"], text_role, turn.origin), **calls}
         if len(turn.message) > 2:
-            keys = {key: value for key, value in turn.message.items() if key not in columns.ignored}
             if not _is_trained(keys, str(role), turn.origin):
                 untrained.add(index)
             if reasoning := _reasoning(keys, str(role), index == len(turns) - 1, turn.origin):
                 message["reasoning_content"] = reasoning
-            _refuse_unused(keys, _MESSAGE_KEYS, turn.origin, "keys", "correct them")
+            used = (*_MESSAGE_KEYS, *_TOOL_KEYS) if role == "tool" else _MESSAGE_KEYS
+            _refuse_unused(keys, used, turn.origin, "keys", "correct them", columns)
         messages.append(message)
     if messages[-1]["role"] == "system":
         raise DataError(f"{turns[-1].origin.partition(', turn')[0]} has no user turn; write the prompt to be answered.")
@@ -195,21 +229,22 @@ def _conversation(turns: Sequence[_Turn], origin: str, columns: Columns, ended: 
     return Record(tuple(messages), origin, frozenset(untrained), ended)
 
 
-def _check_order(role: str, before: str | None, origin: str) -> None:
-    """Refuses a turn that can't follow the one before it."""
-    if role == before:
-        raise DataError(f"{origin} is a second {role} turn in a row; join the two or write the turn between them.")
-    if role == "assistant" and before in (None, "system"):
-        raise DataError(f"{origin} is an assistant turn with no user turn before it; start with the user's turn.")
-    if role == "system" and before is not None:
-        raise DataError(f"{origin} is a system turn after another turn; put it first or leave it out.")
+def _calls(keys: Mapping[str, object], role: str, origin: str) -> dict[str, str]:
+    """The tool calls of an assistant's turn, or the names that a tool's turn has; as texts, for chat templates."""
+    if role == "tool":
+        return {key: text_of(keys[key], role, f"{origin}, {key}") for key in _TOOL_KEYS if not is_empty(keys.get(key))}
+    if is_empty(keys.get("tool_calls")):
+        return {}
+    if role != "assistant":
+        raise DataError(f"{origin} is a {role} turn with tool calls, which only an assistant's can have; remove them.")
+    return {"tool_calls": tool_calls(keys["tool_calls"], f"{origin}, tool_calls")}
 
 
 def _is_trained(keys: Mapping[str, object], role: str, origin: str) -> bool:
     """True if a turn is trained on, as `weight` (OpenAI) and `train` (axolotl) say; by default an assistant's is."""
     values = {name: keys[name] for name in ("weight", "train") if keys.get(name) is not None}
     if any(value not in (0, 1) for value in values.values()):
-        raise DataError(f"{origin} has the weight {_shorten(next(iter(values.values())))}; use 0 or 1 for a turn.")
+        raise DataError(f"{origin} has the weight {shorten(next(iter(values.values())))}; use 0 or 1 for a turn.")
     if len({bool(value) for value in values.values()}) > 1:
         raise DataError(f"{origin} has a weight and a train that contradict each other; leave one of them out.")
     trained = all(values.values()) if values else role == "assistant"
@@ -220,7 +255,7 @@ def _is_trained(keys: Mapping[str, object], role: str, origin: str) -> bool:
 
 def _reasoning(keys: Mapping[str, object], role: str, is_last: bool, origin: str) -> str:
     """The reasoning before an answer; empty if there is none."""
-    texts = [keys[name] for name in _REASONING if not _is_empty(keys.get(name))]
+    texts = [keys[name] for name in _REASONING if not is_empty(keys.get(name))]
     if not texts:
         return ""
     if role != "assistant" or not is_last or len(texts) > 1:
@@ -228,29 +263,4 @@ def _reasoning(keys: Mapping[str, object], role: str, is_last: bool, origin: str
             f"{origin} has reasoning that would have no effect; only a last answer can have it, once: remove it, or "
             "cut the conversation there."
         )
-    return _text(texts[0], role, f"{origin}, reasoning")
-
-
-def _text(content: object, role: str, origin: str) -> str:
-    """A text of a turn, checked."""
-    if not isinstance(content, str):
-        raise DataError(f"{origin} must be a text, got {_describe(content)}; write one string.")
-    # An empty system turn is valid: without it, a template might add its default system prompt.
-    if not content.strip() and role != "system":
-        noun, omission = ("response", "response out (null in JSON)") if role == "assistant" else ("prompt", "row out")
-        raise DataError(f"{origin} is an empty {noun}; write the text or leave the {omission}.")
-    if (half := _SURROGATE.search(content)) is not None:
-        raise DataError(
-            f"{origin} has half of a surrogate pair, {half[0]!a}, at character {half.start() + 1}, which no text can "
-            "hold; write the whole character."
-        )
-    return content
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _describe(value: object) -> str:
-    return f"{value!r:.40} ({type(value).__name__})"
+    return text_of(texts[0], role, f"{origin}, reasoning")

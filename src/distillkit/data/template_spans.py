@@ -4,12 +4,15 @@ Spans come from positions in the text, never from token ids: they are correct wh
 token, when the template trims the content, and when a user quotes a special token.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 from jinja2 import TemplateError
 
+from distillkit.data.turns import function_names
 from distillkit.errors import DataError
 from distillkit.types import Message, Tokenizer
 
@@ -33,9 +36,13 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt:
     Raises:
         DataError: If the template refuses them.
     """
+    tools = {"tools": json.loads(messages[0]["tools"])} if messages and "tools" in messages[0] else {}
     try:
         text: str = tokenizer.apply_chat_template(
-            [_for_template(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+            [_for_template(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **tools,
         )
     except Exception as error:  # a template is a program: it may raise anything
         reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}".rstrip(": ")
@@ -46,10 +53,12 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt:
     return text
 
 
-def _for_template(message: Message) -> dict[str, str]:
-    """A message with its reasoning under each of the names by which templates call it."""
-    reasoning = message.get("reasoning_content")
-    return dict(message) | ({"reasoning": reasoning, "thinking": reasoning} if reasoning else {})
+def _for_template(message: Message) -> dict[str, object]:
+    """A message with its reasoning under each of the names by which templates call it, and its calls as objects."""
+    reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+    keys: dict[str, object] = {key: value for key, value in message.items() if key != "tools"}
+    keys |= {"reasoning": reasoning, "thinking": reasoning} if reasoning else {}
+    return keys | ({"tool_calls": json.loads(calls)} if calls else {})
 
 
 def require_written(
@@ -61,8 +70,9 @@ def require_written(
     or an earlier answer whose thought is left out: then another one in its place gives another text.
 
     Raises:
-        DataError: If a message has no effect on the text.
+        DataError: If a message has no effect on the text, or a tool or the call of one is not in it.
     """
+    _require_tools(messages, text, tokenizer, origin)
     for index, message in enumerate(messages):
         if message["content"].strip() in text:
             continue
@@ -80,6 +90,19 @@ def require_written(
             )
 
 
+def _require_tools(messages: Sequence[Message], text: str, tokenizer: Tokenizer, origin: str) -> None:
+    """Refuses a chat template that does not write the tools or the calls of them."""
+    for message in messages:
+        for key in message.keys() & {"tools", "tool_calls"}:
+            missing = [name for name in function_names(message[key]) if name not in text]
+            if missing:
+                raise DataError(
+                    f"{origin}: the chat template of {tokenizer.name_or_path} does not write the {key} of the row, "
+                    f"such as {missing[0]!r}: choose one that does (`model.student.chat_template`), or list {key} in "
+                    "ignored_keys."
+                )
+
+
 def assistant_spans(
     messages: Sequence[Message], tokenizer: Tokenizer, eos_ids: Ids, origin: str
 ) -> tuple[str, list[int]]:
@@ -87,13 +110,13 @@ def assistant_spans(
 
     A turn starts where the prompt rendered for it ends: the text after that is what a model would have to generate.
     """
-    full = render(messages, tokenizer, False, origin)
     ends = [decode(tokenizer, [token]) for token in eos_ids]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [turn_span(messages, index, tokenizer, ends, origin) for index in turns]
+    ends_with_answer = turns[-1] == len(messages) - 1
+    full = spans[-1][0] if ends_with_answer else render(messages, tokenizer, False, origin)
     cuts: list[int] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        until, start, end = turn_span(messages, index, tokenizer, ends, origin)
+    for index, (until, start, end) in zip(turns, spans, strict=True):
         if not full.startswith(until[:end]):
             raise _rewritten(messages, index, tokenizer, origin)
         cuts += [start, end]
@@ -223,7 +246,15 @@ def _without_ends(content: str, ends: Sequence[str]) -> str:
 def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     """The tokens of each text, without added special tokens."""
     # verbose=False: max_length decides on long texts, not the tokenizer's warning about its maximum.
-    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    return [shared(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+_TOKENS: dict[int, int] = {}
+
+
+def shared(ids: Iterable[int]) -> Ids:
+    """Token ids as a tuple in which equal ids are one object: 8 bytes a token instead of 36."""
+    return tuple([_TOKENS.setdefault(token, token) for token in ids])
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -238,13 +269,38 @@ def tokenise_cut(text: str, cuts: Sequence[int], tokenizer: Tokenizer, origin: s
     Returns:
         The tokens, and the number of tokens before each cut.
     """
+    return completed(cut_steps(text, cuts, tokenizer, origin), tokenizer)
+
+
+Result = TypeVar("Result")
+Steps = Generator[list[str], list[Ids], Result]
+"""A computation that yields texts and is sent their tokens, so that many of them can be tokenised at once."""
+
+
+def completed(steps: Steps[Result], tokenizer: Tokenizer) -> Result:
+    """The result of one computation."""
+    texts = next(steps)
+    while True:
+        try:
+            texts = steps.send(tokenise(tokenizer, texts))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def cut_steps(text: str, cuts: Sequence[int], tokenizer: Tokenizer, origin: str) -> Steps[tuple[Ids, tuple[int, ...]]]:
+    """`tokenise_cut`, in steps."""
     # Not by offsets: tokenizers that trim them (GPT-NeoX) place a newline before the response inside it.
-    *pieces, uncut = tokenise(tokenizer, [*(text[start:end] for start, end in pairwise((0, *cuts))), text])
+    if len(cuts) == 2 and cuts[1] == len(text):  # one answer: its text need not be tokenised twice
+        prompt, uncut = yield [text[: cuts[0]], text]
+        if uncut[: len(prompt)] == prompt:
+            return uncut, (len(prompt), len(uncut))
+    *pieces, uncut = yield [*(text[start:end] for start, end in pairwise((0, *cuts))), text]
     joined = tuple(token for piece in pieces for token in piece)
     if joined == uncut:
         return uncut, tuple(accumulate(map(len, pieces)))
     # SentencePiece puts a space before each piece, so only prefixes of the text can be compared.
-    prefixes = tokenise(tokenizer, [text[:cut] for cut in cuts])
+    prefixes = yield [text[:cut] for cut in cuts]
     if all(uncut[: len(prefix)] == prefix for prefix in prefixes):
         return uncut, tuple(map(len, prefixes))
     # A token spans a cut, for example when a response starts with a newline. A model that continues the prompt

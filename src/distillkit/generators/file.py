@@ -8,7 +8,7 @@ from torch import nn
 
 from distillkit.data.chat import prompt_id
 from distillkit.data.locations import kind_of
-from distillkit.data.records import Invalid, Source
+from distillkit.data.records import OnError, Source
 from distillkit.errors import ConfigError, DataError
 from distillkit.generators.texts import as_response
 from distillkit.interfaces import Generator
@@ -26,14 +26,15 @@ class FileGenerator(Generator):
     number `seed` of the sampling: so the samples of `BestOfN` differ.
 
     Args:
-        path: A .jsonl, .jsonl.gz, .csv or .parquet file, a pattern for several, `wheel:NAME==VERSION/PATH#sha256=HEX`,
-            or a list of these.
+        path: A .jsonl, .json, .csv, .tsv or .parquet file, a pattern for several,
+            `wheel:NAME==VERSION/PATH#sha256=HEX`, or a list of these.
         prompt_column: Column with the user's prompt as text.
         response_column: Column with the response as text.
         messages_column: Column with a whole conversation, whose last turn is the response.
         ignored_keys: Columns, and keys of messages, that have no effect. A row with any other is refused, except for
             metadata such as `id`.
-        invalid: Treatment of rows that can't be used: `error` stops, `drop` leaves them out, counts and lists them.
+        on_error: Treatment of rows that can't be used: `stop` lists them and stops, `skip` leaves them out, counts and
+            lists them.
 
     Raises:
         ConfigError: If the path is a folder or a hub id.
@@ -54,7 +55,7 @@ class FileGenerator(Generator):
         response_column: str = "response",
         messages_column: str = "messages",
         ignored_keys: list[str] | None = None,
-        invalid: Invalid = "error",
+        on_error: OnError = "stop",
     ) -> None:
         self.source = Source(
             path,
@@ -62,7 +63,7 @@ class FileGenerator(Generator):
             response_column=response_column,
             messages_column=messages_column,
             ignored_keys=ignored_keys,
-            invalid=invalid,
+            on_error=on_error,
         )
         for item in self.source.paths:
             if kind_of(item) in ("hub", "folder"):
@@ -125,6 +126,8 @@ class FileGenerator(Generator):
         for record in self.source.records():
             if record.messages[-1]["role"] != "assistant":
                 continue  # a prompt without a response: reported by `generate`, if that prompt is requested
+            if "tool_calls" in record.messages[-1]:
+                raise DataError(f"{record.origin} has a response with tool calls, which DatasetCurator alone can use.")
             choices = answers.setdefault(prompt_id(record.messages[:-1]), [])
             if (record.messages[-1], record.ended) not in choices:
                 choices.append((record.messages[-1], record.ended))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from distillkit.data.turns import api_request
 from distillkit.devices.stopping import StopRequested
 from distillkit.errors import ConfigError, DistillKitError, GenerationError, ModelError
 from distillkit.generators.progress import token_bar
@@ -218,7 +219,7 @@ class ServerGenerator(Generator):
             "seed": seed >> 32,  # 31 bits: not every server takes more
         }
         if self.api == "chat":
-            path, body["messages"] = "/chat/completions", [dict(message) for message in prompt.messages]
+            path, body = "/chat/completions", body | api_request(prompt.messages)
         else:
             path, body["prompt"] = "/completions", list(prompt.input_ids)
         if sampling.top_k or self._is_vllm:

@@ -62,7 +62,7 @@ def _pairs(batch: Batch) -> tuple[list[int], list[int]]:
     if missing:
         raise DataError(
             "DPKD needs a teacher's and a student's response for each prompt, "
-            f"got {sorted(set(batch.writer))}: use PairedCurator."
+            f"got {sorted(set(batch.writer))}: use PairedCurator, or DataPairs for preference data."
         )
     used = [pair for pair in pairs if all(batch.lengths[rows[pair, writer]] for writer in ("teacher", "student"))]
     return [rows[pair, "teacher"] for pair in used], [rows[pair, "student"] for pair in used]

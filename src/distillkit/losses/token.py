@@ -110,15 +110,19 @@ def checked_share(name: str, value: float, upper_closed: bool = False) -> float:
     return value
 
 
+REJECTED = "rejected"
+"""Writer of the worse response of a pair of the data."""
+
+
 def side_of(writer: str) -> str:
     """Returns the side of a contrastive loss that a response belongs to.
 
     Returns:
-        `student` for the student's responses, whose likelihood the loss pushes down. `teacher` for all other responses,
-        whose likelihood it pulls up: those of the teacher, the student's drafts that the teacher corrected, those of a
-        stronger model, and those of the data set.
+        `student` for the student's responses and the worse ones of pairs of the data, whose likelihood the loss pushes
+        down. `teacher` for all other responses, whose likelihood it pulls up: those of the teacher, the student's
+        drafts that the teacher corrected, those of a stronger model, and those of the data set.
     """
-    return "student" if writer == "student" else "teacher"
+    return "student" if writer in ("student", REJECTED) else "teacher"
 
 
 def count_units(lengths: tuple[int, ...], reduction: Reduction) -> Tensor:

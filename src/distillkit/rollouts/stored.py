@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -138,7 +138,7 @@ class StoredGenerator(Generator):
             for group in filter(None, groups):
                 if self.ranks.stop.is_set():  # not an error here: the other ranks wait at the barrier
                     break
-                responses = self._generate_group(Prompts(group, prompts.round), provenance)
+                responses = self._generate_group(replace(prompts, items=group), provenance)
                 num_responses += len(responses)
                 num_tokens += sum(len(response.token_ids) for response in responses)
                 num_cut += sum(response.finish == "length" for response in responses)

@@ -32,6 +32,7 @@ _SCHEMA = pa.schema(
         ("finish", pa.string()),
         ("sampling", pa.struct(_SAMPLING)),
         ("generator", pa.string()),
+        ("purpose", pa.string()),
     ]
 )
 _TOKENS = [pa.field("token_ids", pa.list_(pa.int32())), pa.field("log_probs", pa.list_(pa.float32()))]
@@ -60,10 +61,12 @@ def export(
     round_index: int | None = None,
     ended: bool = False,
     tokens: bool = False,
+    held_out: bool = False,
 ) -> list[str]:
     """Writes the responses of a store as conversations, each of which ends with the response.
 
-    Responses without text, and responses whose prompt is not in the store, are skipped and counted.
+    Skipped and counted are responses to held-out prompts, which a run keeps as references; those without text; and
+    those whose prompt is not in the store, as one with tools.
 
     Args:
         path: The store.
@@ -74,6 +77,7 @@ def export(
         round_index: Exports only the responses of this round; None exports all.
         ended: Whether to skip responses that were cut off at the token limit.
         tokens: Whether to export token ids and the log-probabilities under the model that generated them.
+        held_out: Whether to export the references of held-out prompts too.
 
     Returns:
         Lines that summarise the export for the user.
@@ -91,7 +95,7 @@ def export(
     exported: Counter[str] = Counter()
     schema = pa.schema([*_SCHEMA, *_TOKENS]) if tokens else _SCHEMA
     stored = stored_rows(catalog, chosen_keys(catalog, writer, round_index))
-    rows = _conversations(stored, schema.names, ended, exported, skipped)
+    rows = _conversations(stored, schema.names, ended, held_out, exported, skipped)
     with _renamed_when_complete(out) as temporary:
         if form == "jsonl":
             _write_jsonl(temporary, rows, out.name)
@@ -104,11 +108,18 @@ def export(
 
 
 def _conversations(
-    rows: Iterable[dict[str, Any]], columns: list[str], ended: bool, exported: Counter[str], skipped: Counter[str]
+    rows: Iterable[dict[str, Any]],
+    columns: list[str],
+    ended: bool,
+    held_out: bool,
+    exported: Counter[str],
+    skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows to export; counts them by writer in `exported` and the others by reason in `skipped`."""
     for row in rows:
-        if not row["messages"]:
+        if row["purpose"] == "reference" and not held_out:
+            skipped["the prompt is held out (--held-out exports it)"] += 1
+        elif not row["messages"]:
             skipped["the prompt is not in the store"] += 1
         elif not row["text"].strip():
             skipped["the response has no text"] += 1

@@ -74,7 +74,7 @@ def _add(target: Catalog, source: Catalog) -> MergeCounts:
         provenance = source.provenances.get(key)
         label = PROMPTS if provenance is None else f"{provenance['writer']}-{key}"
         for table, first in _large_tables(source, rows):
-            target.add([NewShard(label, key, provenance, table, first.generator, first.run)])
+            target.add([NewShard(label, key, provenance, table, first.generator, first.run, first.purpose)])
     counts = {key: sum(len(row_indices) for _, row_indices in rows) for key, rows in missing.items()}
     prompts, responses = counts.pop(PROMPTS), sum(counts.values())
     return MergeCounts(responses, prompts, sum(len(source.index(key)) for key in counts) - responses)
@@ -125,7 +125,7 @@ def _require_equal(
 def _large_tables(source: Catalog, rows: Rows) -> Iterator[tuple[pa.Table, Shard]]:
     """Yields the rows as tables of about `MERGED_BYTES`, each with the first of the shards that they come from.
 
-    Only shards with equal metadata, of one generator and one run, share a table.
+    Only shards with equal metadata, of one generator, run and purpose, share a table.
     """
     pending: list[pa.Table] = []
     num_bytes = 0
@@ -133,7 +133,7 @@ def _large_tables(source: Catalog, rows: Rows) -> Iterator[tuple[pa.Table, Shard
     for shard, row_indices in rows:
         table = source.open(shard).table.take(pa.array(row_indices, pa.int32()))
         differs = first is not None and (
-            (shard.generator, shard.run) != (first.generator, first.run)
+            (shard.generator, shard.run, shard.purpose) != (first.generator, first.run, first.purpose)
             or table.schema.metadata != pending[0].schema.metadata
         )
         if first is not None and (differs or num_bytes >= MERGED_BYTES):

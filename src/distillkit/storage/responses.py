@@ -31,7 +31,7 @@ from distillkit.storage.shards import (
     NewShard,
     Shard,
 )
-from distillkit.types import Prompt, Response, Sampling
+from distillkit.types import Prompt, Prompts, Response, Sampling
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ class ResponseStore:
         Args:
             provenance: The origin of the responses.
             responses: Responses to store; nothing is written if there are none.
-            prompts: The prompts that they answer; messages of prompts that are not in the store yet are added.
+            prompts: The prompts that they answer; messages of prompts that are not in the store yet are added. If they
+                are `Prompts`, their purpose is noted.
             generator: Description of the generator, for information.
 
         Raises:
@@ -220,8 +221,9 @@ class ResponseStore:
                 sound = self._without_stored(provenance, sound, skip_stored)
                 if sound:
                     bad_ids = {str(responses[index].prompt_id) for index in faults}
-                    new_prompts = [prompt for name, prompt in by_id.items() if name not in bad_ids]
-                    self.catalog.add(self._shards(provenance, sound, new_prompts, generator))
+                    new_prompts = [prompt for name, prompt in by_id.items() if name not in bad_ids and _is_text(prompt)]
+                    purpose = prompts.purpose if isinstance(prompts, Prompts) else ""
+                    self.catalog.add(self._shards(provenance, sound, new_prompts, generator, purpose))
         if faults:
             index = min(faults)
             raise StoreError(
@@ -244,11 +246,11 @@ class ResponseStore:
         return [response for response in responses if response.prompt_id in missing]
 
     def _shards(
-        self, provenance: Provenance, responses: list[Response], prompts: list[Prompt], generator: str
+        self, provenance: Provenance, responses: list[Response], prompts: list[Prompt], generator: str, purpose: str
     ) -> list[NewShard]:
         """The responses as a shard, after one with the prompts that are not in the store yet."""
         key, table = provenance.key, _responses_table(provenance, responses, generator)
-        shard = NewShard(f"{provenance.writer}-{key}", key, asdict(provenance), table, generator, self._run)
+        shard = NewShard(f"{provenance.writer}-{key}", key, asdict(provenance), table, generator, self._run, purpose)
         shard_indices = find(self.catalog.index(PROMPTS).runs, digests(prompt.id for prompt in prompts))[:, 0].tolist()
         new_prompts = [prompt for prompt, index in zip(prompts, shard_indices, strict=True) if index < 0]
         return [*([NewShard(PROMPTS, PROMPTS, None, _prompts_table(new_prompts))] if new_prompts else ()), shard]
@@ -267,6 +269,11 @@ def _responses_table(provenance: Provenance, responses: Sequence[Response], gene
         "log_probs": [response.log_probs for response in responses],
     }
     return pa.table(columns, schema=RESPONSE_COLUMNS.with_metadata(_schema_metadata(metadata)))
+
+
+def _is_text(prompt: Prompt) -> bool:
+    """True if role and content are the whole of a prompt, and not its tools or tool calls besides."""
+    return all(not message.keys() & {"tools", "tool_calls"} for message in prompt.messages)
 
 
 def _prompts_table(prompts: Sequence[Prompt]) -> pa.Table:

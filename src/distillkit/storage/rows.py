@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distillkit.errors import StoreError
+from distillkit.run_folder import RESPONSES
 from distillkit.storage.files import StoreFolder
 from distillkit.storage.index import Catalog, digests, find, in_writing_order
 from distillkit.storage.shards import PROMPTS, Shard
@@ -18,14 +20,16 @@ def open_store(path: str, process: str = "reader", new: bool = False) -> Catalog
     """Opens the store at `path`.
 
     Args:
-        path: Its folder, or another fsspec address.
+        path: Its folder, that of a run with a store, or another fsspec address.
         process: Name of this process, which becomes part of the names of the files that it writes.
         new: Whether the store may be empty or missing.
 
     Raises:
         StoreError: If there is no store, or it is damaged.
     """
-    folder = StoreFolder(path)
+    in_run = Path(path) / RESPONSES
+    is_run = not new and in_run.is_dir() and not any(Path(path).glob("manifest-*"))
+    folder = StoreFolder(in_run if is_run else path)
     catalog = Catalog(folder, process if folder.local is not None else f"{process}.{uuid.uuid4().hex[:8]}")
     if not new and not catalog.shards:
         raise StoreError(f"{path} is no response store: it has no manifest that lists a shard. Correct the path.")
@@ -66,7 +70,8 @@ def stored_rows(catalog: Catalog, keys: Sequence[str]) -> Iterator[dict[str, Any
             conversations = prompt_messages(catalog, [row["prompt_id"] for row in rows])
             for row, messages in zip(rows, conversations, strict=True):
                 del row["id_hash"]
-                yield row | catalog.provenances[key] | {"generator": shard.generator, "messages": messages}
+                notes = {"generator": shard.generator, "purpose": shard.purpose, "messages": messages}
+                yield row | catalog.provenances[key] | notes
 
 
 def prompt_messages(catalog: Catalog, prompt_ids: Sequence[str]) -> list[list[dict[str, str]] | None]:

@@ -58,6 +58,8 @@ class Shard:
         checksum: Checksum of the file.
         generator: Description of the generator; for information only, not part of the key.
         run: Name of the run that generated the responses; empty if no run counts them.
+        purpose: What the responses are for: `training`, `reference` (of held-out prompts), or empty if unknown, as in
+            stores of earlier versions.
     """
 
     file: str
@@ -69,6 +71,7 @@ class Shard:
     checksum: str
     generator: str
     run: str = ""
+    purpose: str = ""
 
     @classmethod
     def of(cls, entry: Entry) -> "Shard":
@@ -88,6 +91,7 @@ class Shard:
             checksum=entry.checksum(),
             generator=entry.text("generator"),
             run=entry.text("run"),
+            purpose=entry.text("purpose") if "purpose" in entry.values else "",
         )
 
 
@@ -141,6 +145,7 @@ class NewShard:
         table: The rows.
         generator: Class name of the generator.
         run: Name of the run that generated the responses; empty if no run counts them.
+        purpose: What the responses are for; empty if unknown.
     """
 
     label: str
@@ -149,6 +154,7 @@ class NewShard:
     table: pa.Table
     generator: str = ""
     run: str = ""
+    purpose: str = ""
 
     def encode(self, file: str) -> tuple[bytes, dict[str, Any]]:
         """The content of the shard's file, and its entry in a manifest.
@@ -161,9 +167,8 @@ class NewShard:
             writer.write_table(self.table)
         data = bytes(sink.getvalue().to_pybytes())
         tokens, cut = (0, 0) if self.key == PROMPTS else _counts(self.table)
-        shard = Shard(
-            file, self.key, self.table.num_rows, tokens, cut, len(data), checksum(data), self.generator, self.run
-        )
+        notes = self.generator, self.run, self.purpose
+        shard = Shard(file, self.key, self.table.num_rows, tokens, cut, len(data), checksum(data), *notes)
         return data, asdict(shard)
 
 

@@ -35,7 +35,7 @@ class CuratorContract:
         raise NotImplementedError("write make(): it returns the curator under test")
 
     def prompts(self) -> Prompts:
-        """Prompts of a run, each with its own reference response; override it for a curator that needs others."""
+        """Prompts of a run, each with a reference response and a worse one; override it for other needs."""
         return make_prompts(NUM_PROMPTS)
 
     def test_rounds_is_valid(self) -> None:
@@ -184,4 +184,6 @@ def _prompt(index: int) -> Prompt:
     ids = tuple(range(10, 13 + index % 4))
     message = {"role": "user", "content": f"Question {index}"}
     mask = (False,) * len(ids) + (True, True)
-    return Prompt(f"p{index}", (message,), ids, (*ids, 50 + index, 1), mask, reference=f"It is {index}.")
+    worse = (*ids, 50 + index, 60 + index, 1)
+    reference = f"It is {index}."
+    return Prompt(f"p{index}", (message,), ids, (*ids, 50 + index, 1), mask, reference, rejected_ids=worse)

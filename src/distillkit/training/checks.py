@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from distillkit.curators.base import models_of
 from distillkit.curators.best_of_n import BestOfN
 from distillkit.curators.filtered import FilteredCurator
+from distillkit.curators.paired import DataPairs
 from distillkit.curators.single import SampledCurator, run_samplings
 from distillkit.errors import ConfigError, PluginError
 from distillkit.interfaces import Curator, Generator, Loss, Teacher
 from distillkit.losses.cross_entropy import CrossEntropy
-from distillkit.losses.token import side_of
+from distillkit.losses.token import REJECTED, side_of
 from distillkit.models.capabilities import capabilities
 from distillkit.models.structure import is_causal_model
 from distillkit.types import Prompts, Sampling
@@ -40,7 +41,9 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
         if needs_teacher and teacher is None:
             raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
     sides = {"student": "the student's", "teacher": "of another writer than the student"}
-    missing = [text for side, text in sides.items() if side not in map(side_of, curator.writers)]
+    has_pairs = any(isinstance(part, DataPairs) for part in curator.modules())
+    writers = curator.writers | ({"dataset", REJECTED} if has_pairs else set())
+    missing = [text for side, text in sides.items() if side not in map(side_of, writers)]
     if loss.contrasts_sides and missing:
         _log.warning(
             "%s contrasts the student's responses with others, and no response of %s is %s: that term is always 0.",

@@ -9,10 +9,11 @@ from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 
 from distillkit.config.hyperparameters import construct, describe
-from distillkit.data.chat import encode_all, require_chat_template
+from distillkit.data.chat import require_chat_template
 from distillkit.data.collate import Layout, collate
 from distillkit.data.decontaminate import Decontamination, without_overlap
-from distillkit.data.records import Source, SourceSetting, log_left_out
+from distillkit.data.formats import Format
+from distillkit.data.records import OnError, Source, SourceSetting, log_left_out, refusal
 from distillkit.devices.seeds import resolve_seed
 from distillkit.devices.streams import backend
 from distillkit.errors import ConfigError, DataError, check_range
@@ -20,6 +21,7 @@ from distillkit.interfaces import PromptSource
 from distillkit.models.tokenizers import eos_ids
 from distillkit.rollouts.loader import Batching, FixedLoader, RoundLoader, rank_rows
 from distillkit.training.checkpoint import Checkpoint
+from distillkit.training.encoded import EncodedPrompts, encode_split
 from distillkit.training.module import DistillModule
 from distillkit.training.row_source import RowSource
 from distillkit.types import Batch, Prompts, Record, Tokenizer
@@ -39,6 +41,11 @@ class DistillData(Part, LightningDataModule):
         batch_size: Prompts per micro-batch and device; a prompt may have several rows (a pair has two).
         eval_batch_size: Rows in a validation batch; None for `batch_size`.
         max_length: Longest prompt, and longest conversation of prompt and response from the data, in tokens.
+        format: Format of the rows: `plain` (prompt, response), `openai` (messages), `sharegpt` (conversations),
+            `alpaca` (instruction, output), `preference` (chosen, rejected) or `trl` (prompt, completion); `auto` tells
+            it by the columns of each row, and the log says which. A source with a format has its own.
+        on_error: Treatment of rows that can't be used: `stop` lists the first 20 and stops, `skip` leaves them out,
+            counts and lists them. A source with an `on_error` has its own.
         overlong: What to do with longer ones: `error` stops, `drop` leaves them out and logs how many.
         chat: Whether the student's chat template is applied; False for plain text.
         system: System message for conversations that have none; None adds none.
@@ -65,6 +72,8 @@ class DistillData(Part, LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 2048,
+        format: Format = "auto",
+        on_error: OnError = "stop",
         overlong: Literal["error", "drop"] = "error",
         chat: bool = True,
         system: str | None = None,
@@ -79,6 +88,10 @@ class DistillData(Part, LightningDataModule):
         check_range("DistillData.eval_batch_size", eval_batch_size, 1)
         check_range("DistillData.max_length", max_length, 1)
         check_range("DistillData.bucket", bucket, 1)
+        if train is None:
+            raise ConfigError("DistillData.train is missing: name the training prompts, such as a JSONL file.")
+        self.format: Format = format
+        self.on_error: OnError = on_error
         self.sources: dict[str, SourceSetting | None] = {
             "train": train,
             "val": val,
@@ -124,7 +137,7 @@ class DistillData(Part, LightningDataModule):
     def prepare_data(self) -> None:
         """Checks that the files exist and reads them, before any model is loaded; those for training only to train."""
         for source in self._sources_of_run().values():
-            _as_source(source).check()
+            self._source(source).check()
         self._read()
 
     def setup(self, stage: str) -> None:
@@ -145,9 +158,10 @@ class DistillData(Part, LightningDataModule):
             trainer.limit_val_batches = 0  # Lightning warns of an empty loader
         require_chat_template(module.tokenizer, self.chat)
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
-        for name, records in self._records.items():
+        for name, records in list(self._records.items()):
             if name in splits and name not in self.prompts:
                 self.prompts[name] = self._encode(name, records, module)
+                self._records[name] = []  # many take much memory
                 if name != "train":
                     module.check_held_out(self.prompts[name])
 
@@ -156,7 +170,7 @@ class DistillData(Part, LightningDataModule):
         assert source is not None
         if consumer:
             _require_responses(records, consumer)
-        prompts, report = encode_all(
+        prompts, report = encode_split(
             records,
             module.tokenizer,
             eos_ids(module.tokenizer, None),
@@ -165,7 +179,7 @@ class DistillData(Part, LightningDataModule):
             max_length=self.max_length,
             overlong=self.overlong,
             responses="all" if consumer else "first",
-            invalid=_as_source(source).invalid,
+            on_error=self._source(source).on_error or self.on_error,
         )
         _log.info("%s: %s", name, report)
         log_left_out(name, report.left_out, len(records))
@@ -174,7 +188,8 @@ class DistillData(Part, LightningDataModule):
                 f"No {name} prompt is left: {len(report.overlong)} of {len(records)} are longer than "
                 f"`data.max_length: {self.max_length}`, {len(report.problems)} can't be encoded."
             )
-        return Prompts(tuple(prompts))
+        items = prompts if isinstance(prompts, EncodedPrompts) else tuple(prompts)
+        return Prompts(items, purpose="training" if name == "train" else "reference")
 
     def train_dataloader(self) -> RoundLoader:
         """Batches of the module's current round."""
@@ -233,12 +248,14 @@ class DistillData(Part, LightningDataModule):
         if "train" in self._records:
             return
         sources = {name: source for name, source in self._sources_of_run().items() if name not in self._records}
-        if "train" not in sources:
-            self._records |= {name: _as_source(source).records() for name, source in sources.items()}
+        train_source = sources.pop("train", None)
+        by_source = {id(source): source for source in sources.values()}  # val and test may be one, which is read once
+        read = {key: self._source(source).records() for key, source in by_source.items()}
+        held_out = self._records | {name: read[id(source)] for name, source in sources.items()}
+        if train_source is None:
+            self._records = held_out
             return
-        train_source = sources.pop("train")
-        held_out = self._records | {name: _as_source(source).records() for name, source in sources.items()}
-        train = _as_source(train_source).records()  # last: a source may take long to make them
+        train = self._source(train_source).records()  # last: a source may take long to make them
         if self.decontaminate is not None:
             train = without_overlap(train, held_out, self.decontaminate.ngram)
         self._records = {"train": train} | {name: held_out[name] for name in ("val", "test") if name in held_out}
@@ -249,7 +266,12 @@ class DistillData(Part, LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn in ("validate", "test"):
             return {name: source for name, source in of_run.items() if name != "train"}
         against = [] if self.decontaminate is None else self.decontaminate.against
-        return of_run | {str(_as_source(source).path): source for source in against}
+        return of_run | {str(self._source(source).path): source for source in against}
+
+    def _source(self, source: SourceSetting) -> PromptSource:
+        """A source as an object, with the data's format and treatment of errors where it has none."""
+        item = Source(source) if isinstance(source, str | list) else source
+        return item.with_defaults(self.format, self.on_error) if isinstance(item, Source) else item
 
     def _module(self) -> RowSource:
         if self.trainer is None:
@@ -304,14 +326,8 @@ def _pad_id(tokenizer: Tokenizer) -> int:
     return tokenizer.pad_token_id
 
 
-def _as_source(source: SourceSetting) -> PromptSource:
-    return Source(source) if isinstance(source, str | list) else source
-
-
 def _require_responses(records: list[Record], consumer: str) -> None:
-    for record in records:
-        if record.messages[-1]["role"] != "assistant":
-            raise DataError(
-                f"{record.origin} has no response, and {consumer} needs one: add a response column, or let a "
-                "teacher generate the responses."
-            )
+    advice = f"and {consumer} needs one: add a response column, or let a teacher generate the responses."
+    missing = [record.origin for record in records if record.messages[-1]["role"] != "assistant"]
+    if missing:
+        raise refusal("data", [f"{origin} has no response, {advice}" for origin in missing], len(records))

@@ -9,7 +9,8 @@ from distillkit.devices.seeds import resolve_seed
 from distillkit.errors import ConfigError, check_range
 
 Message = Mapping[str, str]
-"""A chat message with `role` and `content`."""
+"""A chat message with `role` and `content`. Of a conversation with tools, the first has them as `tools`, an assistant's
+may have `tool_calls`, both JSON in OpenAI's form, and a tool's its `name` and `tool_call_id`."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Record:
         origin: Source and location for error messages, such as `train.jsonl line 7`.
         untrained: Indices of the assistant's turns that are not trained on.
         ended: Whether the last answer is complete, or was cut at a limit (`finish: length`) and has no end of turn.
+        rejected: The worse answer of a pair, of which the last turn is the better one; None without a pair.
     """
 
     messages: tuple[Message, ...]
     origin: str
     untrained: frozenset[int] = frozenset()
     ended: bool = True
+    rejected: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Prompt:
         reference_mask: True at each token of `reference_ids` in an assistant turn, including its end-of-turn token.
         reference: Text of the data set's response; None if there is none.
         origin: Where the prompt comes from, for messages, such as `train.jsonl line 17`; it is not compared.
+        rejected_ids: Token ids of the conversation with the worse response of a pair; empty without a pair.
     """
 
     id: str
@@ -51,11 +55,15 @@ class Prompt:
     reference_mask: tuple[bool, ...] = ()
     reference: str | None = None
     origin: str = field(default="", compare=False)
+    rejected_ids: tuple[int, ...] = ()
 
     @property
     def excerpt(self) -> str:
         """The start of the turn to be answered in quotes, for messages; empty without messages."""
         return repr(self.messages[-1]["content"][:60]) if self.messages else ""
+
+
+Purpose = Literal["training", "reference"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,12 @@ class Prompts(Sequence[Prompt]):
     Args:
         items: The prompts.
         round: Index of the round, from 0. It is part of every response's seed and provenance.
+        purpose: The use of their responses, which the store notes: `training`, or `reference` for held-out prompts.
     """
 
-    items: tuple[Prompt, ...]
+    items: Sequence[Prompt]
     round: int = 0
+    purpose: Purpose = "training"
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...

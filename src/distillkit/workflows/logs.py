@@ -13,7 +13,8 @@ def show_logs() -> None:
     """Shows this package's log on the terminal, in full on the first rank; hides Lightning's advertisements."""
     is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
     log = logging.getLogger("distillkit")
-    log.handlers, log.propagate = [RichHandler(show_path=False, show_level=False, log_time_format="[%X]")], False
+    terminal = RichHandler(logging.INFO, show_path=False, show_level=False, log_time_format="[%X]")
+    log.handlers, log.propagate = [terminal], False
     log.setLevel(logging.INFO if is_first_rank else logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 
@@ -38,6 +39,8 @@ class _RunLog(logging.FileHandler):
 def run_log(path: Path) -> Iterator[None]:
     """Appends this package's log to a file as well, which is made with its first line.
 
+    The file has more than the terminal: of rows that are left out, all.
+
     Args:
         path: The file.
     """
@@ -45,9 +48,13 @@ def run_log(path: Path) -> Iterator[None]:
     handler = _RunLog(path, delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+    level = log.level
+    if log.isEnabledFor(logging.INFO):
+        log.setLevel(logging.DEBUG)
     try:
         yield
     finally:
+        log.setLevel(level)
         log.removeHandler(handler)
         handler.close()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from distillkit.data.chat import encode_all
+from distillkit.data.encoding import encode_all
 from distillkit.data.records import Source
 from distillkit.errors import ConfigError, ModelError
 from distillkit.generators.transformers import TransformersGenerator
