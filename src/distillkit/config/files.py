@@ -5,12 +5,13 @@ This runs before jsonargparse, which checks keys and values, and imports nothing
 
 import importlib.util
 import os
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distillkit.config import yaml_loader
+from distillkit.config import packaged, yaml_loader
 from distillkit.errors import ConfigError
 
 Config = dict[str, Any]
@@ -47,7 +48,8 @@ def load(path: str | Path) -> Config:
     file itself overrides its bases. `${config_dir}` in a value stands for the folder of the file that contains it.
 
     Args:
-        path: YAML file, or `pkg:PACKAGE/FILE` for a file in an installed package.
+        path: YAML file; `distillkit:NAME` for one that comes with distillkit, `pkg:PACKAGE/FILE` for a file in an
+            installed package.
 
     Raises:
         ConfigError: If a file is missing, is not a valid YAML mapping, or is its own base.
@@ -147,13 +149,19 @@ def _with_bases(config: Config, path: str | Path, chain: tuple[Path, ...]) -> Me
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and base for base in bases):
         raise ConfigError(f"{path}: base must name a config file, or list several, got {config['base']!r}.")
-    merged = [_load(_base_path(base, file), (*chain, file.resolve())) for base in bases]
+    merged = [_load(_base_path(base, path), (*chain, file.resolve())) for base in bases]
     content = {key: value for key, value in config.items() if key != "base"}
     return merge_files([*merged, MergedConfig(content, ((str(path), content),))])
 
 
-def _base_path(base: str, file: Path) -> str:
-    return base if base.startswith(_PACKAGE) else os.path.normpath(_parent(file) / base)
+def _base_path(base: str, path: str | Path) -> str:
+    """The path of a base, which starts at the folder of the file that names it."""
+    text = str(path)
+    if base.startswith((_PACKAGE, packaged.PREFIX)):
+        return base
+    if text.startswith(packaged.PREFIX):
+        return packaged.PREFIX + posixpath.normpath(posixpath.join(posixpath.dirname(text.partition(":")[2]), base))
+    return os.path.normpath(_parent(locate(path)) / base)
 
 
 def _folder(path: Path) -> Path:
@@ -170,12 +178,16 @@ _PACKAGE = "pkg:"
 
 
 def locate(path: str | Path) -> Path:
-    """The file that a path names; `pkg:PACKAGE/FILE` is a file in an installed package, which is not imported.
+    """The file that a path names: `distillkit:NAME` comes with distillkit, `pkg:PACKAGE/FILE` is in another package.
+
+    The package is not imported.
 
     Raises:
-        ConfigError: If the package is not installed.
+        ConfigError: If the package is not installed, or nothing with that name comes with distillkit.
     """
     text = str(path)
+    if text.startswith(packaged.PREFIX):
+        return packaged.locate(text)
     if not text.startswith(_PACKAGE):
         return Path(path)
     package, _, file = text.removeprefix(_PACKAGE).partition("/")
