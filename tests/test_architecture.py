@@ -73,7 +73,19 @@ PARTS = {
     "filter": {"Empty", "Repeated", "TooLong", "Truncated"},
 }
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "export", "compare", "store", "plugins", "new-plugin"}
+VERB_NAMES = {
+    "fit",
+    "curate",
+    "validate",
+    "test",
+    "evaluate",
+    "export",
+    "compare",
+    "store",
+    "methods",
+    "plugins",
+    "new-plugin",
+}
 
 CALLBACKS = {"Answers", "Budget", "Export", "FiniteLoss", "RunCheckpoint", "Throughput"}
 

@@ -15,6 +15,7 @@ VERBS = {
     "export": "write the student of a checkpoint as a transformers folder",
     "compare": "train several methods at equal cost and write a report",
     "store": "inspect, merge and export response stores, and verify stored files",
+    "methods": "list the methods that can be run, or print the file of one",
     "plugins": "list the installed parts",
     "new-plugin": "create a package for your own part",
 }
@@ -49,6 +50,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from distillkit.cli import plugins
 
         return plugins.run(rest)
+    if verb == "methods":
+        from distillkit.cli import methods
+
+        return methods.run(rest)
     if verb == "new-plugin":
         from distillkit.cli import new_plugin
 
@@ -64,8 +69,17 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         print(f"distillkit: error: unknown verb {verb!r}. Use one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
+    from distillkit.cli import help_pages, part_help
     from distillkit.cli.stoppable import run
 
+    if verb in help_pages.PAGES:
+        topic = help_pages.topic(rest)
+        if topic in ("", "all"):
+            print(help_pages.page(verb))
+        if topic == "" or part_help.run(rest):
+            return 0
+        if topic == "all":
+            rest = ["--help"]
     return run(verb, rest)
 
 

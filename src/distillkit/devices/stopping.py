@@ -17,6 +17,9 @@ _log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+PARENT = "DISTILLKIT_PARENT"
+"""Environment variable with a process id: the `distillkit` command ends when that process ends."""
+
 
 class StopRequested(BaseException):
     """A signal asks the process to end. Not an `Exception`, so that no handler of errors takes it for one.
