@@ -39,13 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=QUICKSTART)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of the run that is trained")
-    parser.add_argument("--trained", type=Path, help="a finished run, which is asked without training")
+    parser.add_argument("--trained", type=Path, help="a finished run, whose student answers without training")
     add_output_options(parser, "quickstart.json")
     options = parser.parse_args()
     costs = {} if options.trained else trained(options.config, options.run)
     run = options.trained or options.run
     history = {name: [value for _, value in read_metrics(run)[name]] for name in METRICS}
-    answers = asked(options.config, run)
+    answers = answer_facts(options.config, run)
     right = {name: sum(answer[f"{name} right"] for answer in answers) for name in ("teacher", "student")}
     write_json(options.json, answers, vars(options) | costs | {"right": right, "history": history})
     if costs:
@@ -71,7 +71,7 @@ def trained(config: Path, run: Path) -> dict[str, float]:
     }
 
 
-def asked(config: Path, run: Path) -> list[dict[str, Any]]:
+def answer_facts(config: Path, run: Path) -> list[dict[str, Any]]:
     """The facts, with both models' answers."""
     transformers.utils.logging.disable_progress_bar()
     facts = [json.loads(line) for line in FACTS.read_text().splitlines()]
