@@ -12,7 +12,7 @@ VERBS = {
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
     "evaluate": "measure a student on held-out prompts and write its metrics to a file",
-    "export": "write the student of a checkpoint as a transformers folder",
+    "export": "write the student of a run as a folder for transformers and vLLM",
     "compare": "train several methods at equal cost and write a report",
     "store": "inspect, merge and export response stores, and verify stored files",
     "plugins": "list the installed parts",
