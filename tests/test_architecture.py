@@ -72,7 +72,7 @@ PARTS = {
     "filter": {"Empty", "Repeated", "TooLong", "Truncated"},
 }
 
-VERB_NAMES = {"fit", "curate", "validate", "test", "evaluate", "export", "compare", "store", "plugins", "new-plugin"}
+VERB_NAMES = {"chat", "init", "fit", "curate", "validate", "test", "evaluate", "export", "compare", "store", "plugins", "new-plugin"}
 
 CALLBACKS = {"Answers", "Budget", "Export", "FiniteLoss", "RunCheckpoint", "Throughput"}
 

@@ -1,6 +1,7 @@
 """The model card of an exported student."""
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -100,20 +101,21 @@ def model_card(run: TrainedRun, folder: str, tokenizer: Tokenizer, adapter_only:
     student, teacher = run.model["student"]["init_args"], run.model.get("teacher")
     origin = provenance(student["source"], SourceOptions(student.get("revision")))
     source = _source_of(teacher)
+    prompting = _prompting(run, source)
     names = {"base_model": origin.base_model, "license": origin.licence}
     header = {
         "library_name": "peft" if adapter_only else "transformers",
         "pipeline_tag": "text-generation",
         **{name: value for name, value in names.items() if value is not None},
         "tags": ["distillation", "distillkit"],
-        **({"distillkit": {"teacher": source}} if source and public_name(source) == source else {}),
+        **({"distillkit": prompting} if prompting else {}),
     }
     name = folder.rpartition("/")[2] if "/" in folder else run.name
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {name}",
         f"A language model distilled with distillkit {__version__}: {_pair(run)}.",
-        f"## Use\n\n{_usage(folder, tokenizer, adapter_only)}",
+        f"## Use\n\n{_usage(run, folder, tokenizer, adapter_only)}",
         f"## Training\n\n{_training(run)}",
         *([run.loss_summary] if run.loss_summary else []),
         *([f"## Held-out metrics\n\n{_metrics(run)}"] if run.history else []),
@@ -122,13 +124,36 @@ def model_card(run: TrainedRun, folder: str, tokenizer: Tokenizer, adapter_only:
     return "\n\n".join(sections) + "\n"
 
 
-def _source_of(part: Mapping[str, Any] | None) -> str | None:
-    """The model source of a teacher's settings: its own, or that of the teacher inside."""
+def _prompting(run: TrainedRun, teacher: str | None) -> dict[str, Any]:
+    """The teacher and the form of the prompts, for `distillkit chat`; a teacher on a local path is left out."""
+    data = run.data or {}
+    values = {
+        "teacher": teacher if teacher and public_name(teacher) == teacher else None,
+        "system": data.get("system"),
+        "chat": False if data.get("chat") is False else None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def teacher_settings(part: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The settings of the teacher that names a model source: the outer one, or the one inside it.
+
+    Args:
+        part: The run's teacher, class and settings as plain values; None is no teacher.
+
+    Returns:
+        Its settings, of which `source` is one; None if none names a source.
+    """
     settings = (part or {}).get("init_args", {})
-    source = settings.get("source")
-    if isinstance(source, str):
-        return source
-    return next((_source_of(value) for value in settings.values() if isinstance(value, dict)), None)
+    if isinstance(settings.get("source"), str):
+        return dict(settings)
+    nested = (teacher_settings(value) for value in settings.values() if isinstance(value, dict))
+    return next((value for value in nested if value is not None), None)
+
+
+def _source_of(teacher: Mapping[str, Any] | None) -> str | None:
+    settings = teacher_settings(teacher)
+    return None if settings is None else str(settings["source"])
 
 
 def _pair(run: TrainedRun) -> str:
@@ -138,13 +163,17 @@ def _pair(run: TrainedRun) -> str:
     return f"a student that began as {student}{teacher}"
 
 
-def _usage(folder: str, tokenizer: Tokenizer, adapter_only: bool) -> str:
+def _usage(run: TrainedRun, folder: str, tokenizer: Tokenizer, adapter_only: bool) -> str:
     model = "AutoPeftModelForCausalLM" if adapter_only else "AutoModelForCausalLM"
+    form, messages = _prompting(run, None), [{"role": "user", "content": "What is the capital of France?"}]
+    if "system" in form:
+        messages.insert(0, {"role": "system", "content": form["system"]})
+    listed = ",\n".join(f"    {json.dumps(message, ensure_ascii=False)}" for message in messages)
     prompt = (
-        'messages = [{"role": "user", "content": "What is the capital of France?"}]\n'
+        f"messages = [\n{listed},\n]\n"
         'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
         "return_dict=True)"
-        if tokenizer.chat_template
+        if tokenizer.chat_template and "chat" not in form
         else 'inputs = tokenizer("The capital of France is", return_tensors="pt")'
     )
     server = f"vllm serve {folder}" if not adapter_only else f"vllm serve BASE_MODEL --lora-modules student={folder}"

@@ -13,6 +13,7 @@ VERBS = {
     "test": "measure a checkpoint on the test prompts",
     "evaluate": "measure a student on held-out prompts and write its metrics to a file",
     "export": "write the student of a run as a folder for transformers and vLLM",
+    "chat": "talk with a student beside its teacher",
     "compare": "train several methods at equal cost and write a report",
     "store": "inspect, merge and export response stores, and verify stored files",
     "plugins": "list the installed parts",

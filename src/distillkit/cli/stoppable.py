@@ -33,6 +33,10 @@ def run(verb: str, arguments: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    if verb == "chat":
+        from distillkit.cli import chat
+
+        return chat.run(arguments)
     if verb == "compare":
         from distillkit.cli import compare
 

@@ -38,8 +38,13 @@ class StopRequested(BaseException):
         """Exit status of a process that a signal ends: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.signum
 
+    @property
+    def is_interrupt(self) -> bool:
+        """True for Ctrl-C."""
+        return self.signum == signal.SIGINT
+
     def __str__(self) -> str:
-        return "stopped by Ctrl-C" if self.signum == signal.SIGINT else f"stopped by {signal.Signals(self.signum).name}"
+        return "stopped by Ctrl-C" if self.is_interrupt else f"stopped by {signal.Signals(self.signum).name}"
 
 
 class _State:

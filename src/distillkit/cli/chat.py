@@ -1,0 +1,121 @@
+"""The verb `chat`: a conversation with a student beside its teacher, on a terminal or through a pipe."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from distillkit.devices.stopping import StopRequested
+from distillkit.errors import DistillKitError, check_range
+
+if TYPE_CHECKING:
+    from distillkit.workflows.chat import Speaker
+
+_HELP = "/new starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer."
+
+
+def run(argv: list[str]) -> int:
+    """Runs `distillkit chat`.
+
+    Args:
+        argv: The arguments after `distillkit chat`.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        DistillKitError: If an option can't be followed, or a model can't be loaded.
+    """
+    arguments = _parser().parse_args(argv)
+    check_range("--max-new-tokens", arguments.max_new_tokens, 1)
+    check_range("--temperature", arguments.temperature, 0.0)
+    # Here: these take seconds, which --help need not wait for.
+    from distillkit.workflows.chat import find_subject, load_speakers
+    from distillkit.workflows.logs import show_logs
+
+    show_logs(on_stderr=True)
+    subject = find_subject(arguments.source)
+    speakers = load_speakers(subject, arguments.teacher, not arguments.no_teacher, arguments.system)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        _introduce(speakers)
+    for text in _messages(is_terminal):
+        if text == "/quit":
+            break
+        if text == "/new":
+            system = subject.system if arguments.system is None else arguments.system
+            for speaker in speakers:
+                speaker.start(system)
+            continue
+        _answer(speakers, text, arguments.max_new_tokens, arguments.temperature)
+        if is_terminal:
+            print()
+    return 0
+
+
+def _introduce(speakers: "list[Speaker]") -> None:
+    for speaker in speakers:
+        print(f"{speaker.name:<8} {speaker.origin}")
+    if speakers[0].messages:
+        print(f"{'system':<8} {speakers[0].messages[0]['content']}")
+    print(f"{_HELP}\n")
+
+
+def _messages(is_terminal: bool) -> Iterator[str]:
+    """The user's messages, one a line, without empty ones."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for `input`
+    while True:
+        try:
+            line = input("> ") if is_terminal else next(sys.stdin, None)
+        except EOFError:
+            print()
+            return
+        except StopRequested as stop:
+            if not (is_terminal and stop.is_interrupt):
+                raise
+            print(f"\n{_HELP}")
+            continue
+        if line is None:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(speakers: "list[Speaker]", text: str, max_new_tokens: int, temperature: float) -> None:
+    """Prints each speaker's answer, with its name if there are several."""
+    for speaker in speakers:
+        if len(speakers) > 1:
+            print(f"{speaker.name}: ", end="", flush=True)
+        try:
+            is_whole = speaker.answer(text, max_new_tokens, temperature, _show)
+        except DistillKitError as error:
+            print(error)
+            continue
+        print("" if is_whole else " [stopped]", flush=True)
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distillkit chat",
+        description="Talks with a student beside its teacher, each in a conversation of its own. Without a terminal it "
+        "reads a message a line (`echo Hi | distillkit chat out`) and prints the answers alone.",
+        epilog=f"On a terminal: {_HELP}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RUN|FOLDER", help="a run's folder, a checkpoint or an exported student")
+    parser.add_argument("--teacher", metavar="SOURCE", help="the teacher; by default that of the run or the model card")
+    parser.add_argument("--no-teacher", action="store_true", help="talk with the student alone")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system message; by default that of the training prompts, '' for none"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, takes the most likely token each time"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, by default 256")
+    return parser
