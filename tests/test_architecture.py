@@ -72,7 +72,21 @@ PARTS = {
     "filter": {"Empty", "Repeated", "TooLong", "Truncated"},
 }
 
-VERB_NAMES = {"chat", "init", "fit", "curate", "validate", "test", "evaluate", "export", "compare", "store", "plugins", "new-plugin"}
+VERB_NAMES = {
+    "init",
+    "fit",
+    "curate",
+    "validate",
+    "test",
+    "evaluate",
+    "export",
+    "chat",
+    "compare",
+    "store",
+    "methods",
+    "plugins",
+    "new-plugin",
+}
 
 CALLBACKS = {"Answers", "Budget", "Export", "FiniteLoss", "RunCheckpoint", "Throughput"}
 

@@ -28,3 +28,13 @@ def test_the_comparison_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.M
     assert len(plan.runs) == 8
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "docs" / "compare.md").read_text(), re.MULTILINE)
     assert set(compare_plan.KEYS) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_methods_named_on_the_command_line_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace.make(tmp_path / "workspace"))
+    plan = compare_plan.read("compare.yaml", extra_methods=["gkd", "kd"])
+    before = compare_plan.read("compare.yaml")
+    assert plan.runs[: len(before.runs)] == before.runs
+    assert plan.baseline == before.baseline
+    assert {run.method for run in plan.runs[len(before.runs) :]} == {"gkd"}
+    assert {run.config["model"]["loss"]["class_path"] for run in plan.runs if run.method == "gkd"} == {"GeneralizedJSD"}

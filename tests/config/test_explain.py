@@ -259,7 +259,7 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path, models: Path, capsys:
 
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fitt"]) == 2
-    assert "fit, curate, validate, test, evaluate, export, compare, store, plugins" in capsys.readouterr().err
+    assert "fit, curate, validate, test, evaluate, export, compare, store, methods, plugins" in capsys.readouterr().err
 
 
 def test_an_argument_sets_something_of_a_source_that_a_file_names_by_its_path_alone(

@@ -8,6 +8,7 @@ import yaml
 
 from distillkit.cli.main import main
 from distillkit.config import files as configs
+from distillkit.config import packaged
 from distillkit.errors import ConfigError
 
 
@@ -233,3 +234,49 @@ def test_settings_of_a_source_lie_over_its_path_alone():
     assert configs.merge(below, {"data": {"train": {"class_path": "ReasoningGym"}}})["data"]["train"] == {
         "class_path": "ReasoningGym"
     }
+
+
+def test_a_file_that_comes_with_distillkit_is_named_by_its_prefix(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: [distillkit:base.yaml, distillkit:methods/gkd.yaml]\n")
+    content = configs.load(tmp_path / "mine.yaml")
+    assert content["model"]["loss"]["class_path"] == "GeneralizedJSD"
+    assert content["trainer"]["precision"] == "bf16-mixed"
+    merged = configs.load_all(["distillkit:quickstart.yaml"])
+    assert Path(merged.content["data"]["train"]).is_file()
+    assert [name for name, _ in merged.files] == [
+        "distillkit:base.yaml",
+        "distillkit:methods/distillm2.yaml",
+        "distillkit:quickstart.yaml",
+    ]
+
+
+def test_every_file_of_the_folder_comes_with_distillkit() -> None:
+    root = Path(__file__).parents[2] / "configs"
+    assert packaged.names() == sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
+    assert len(packaged.names()) > 15
+    for name in packaged.names():
+        assert configs.load(f"distillkit:{name}")
+
+
+def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "site-packages" / "distillkit"
+    monkeypatch.setattr(packaged, "__file__", str(installed / "config" / "packaged.py"))
+    assert packaged.folder() == installed / "configs"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("distillkit:methods/gdk.yaml", r"Did you mean distillkit:methods/gkd\.yaml"),
+        ("distillkit:gkd.yaml", r"Did you mean distillkit:methods/gkd\.yaml"),
+        ("distillkit:methods/gkd", r"Did you mean distillkit:methods/gkd\.yaml"),
+        ("distillkit:../pyproject.toml", r"does not come with distillkit\. .*These do: base\.yaml, "),
+        ("distillkit:", r"does not come with distillkit\. These do: base\.yaml, "),
+    ],
+)
+def test_an_address_of_nothing_lists_what_there_is(address: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.load_all([address])
+    (tmp_path / "mine.yaml").write_text(f"base: {address!r}\n")
+    with pytest.raises(ConfigError, match=message):
+        configs.load(tmp_path / "mine.yaml")

@@ -3,10 +3,10 @@
 import argparse
 import shlex
 from functools import partial
+from typing import TYPE_CHECKING
 
-from distillkit.comparison import compare, markdown
-from distillkit.comparison.plan import read
-from distillkit.comparison.results import Results
+if TYPE_CHECKING:
+    from distillkit.comparison.results import Results
 
 
 def run(argv: list[str]) -> int:
@@ -22,8 +22,11 @@ def run(argv: list[str]) -> int:
         ConfigError: If the comparison or a method's configuration is invalid; nothing has been run then.
     """
     arguments = _parser().parse_args(argv)
+    from distillkit.comparison import compare  # takes seconds, which --help need not wait for
+    from distillkit.comparison.plan import read
+
     command = shlex.join(["distillkit", "compare", *(word for word in argv if word != "--report")])
-    plan = read(arguments.config, arguments.out, arguments.slots, arguments.baseline)
+    plan = read(arguments.config, arguments.out, arguments.slots, arguments.baseline, arguments.method)
     done = compare(plan, arguments.retry, arguments.report, partial(print, flush=True), command)
     print(_table(done.results))
     print(f"The report is {done.folder / 'report.html'}.")
@@ -44,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML file with methods, seeds and budget; see docs/compare.md",
     )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare this method as well, one of `distillkit methods`; may be repeated",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="folder of the comparison (overrides the file)")
     parser.add_argument("--slots", type=int, metavar="N", help="number of simultaneous runs (overrides the file)")
     parser.add_argument("--baseline", metavar="METHOD", help="method to compare with (overrides the file)")
@@ -52,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(results: Results) -> str:
+def _table(results: "Results") -> str:
     """The metrics of each method as aligned columns, for the terminal."""
+    from distillkit.comparison import markdown
+
     names = results["metrics"]
     rows = [["method", *map(markdown.heading, names)]]
     for method in results["methods"]:

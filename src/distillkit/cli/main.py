@@ -16,6 +16,7 @@ VERBS = {
     "chat": "talk with a student beside its teacher",
     "compare": "train several methods at equal cost and write a report",
     "store": "inspect, merge and export response stores, and verify stored files",
+    "methods": "list the methods that can be run, or print the file of one",
     "plugins": "list the installed parts",
     "new-plugin": "create a package for your own part",
 }
@@ -50,6 +51,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from distillkit.cli import plugins
 
         return plugins.run(rest)
+    if verb == "methods":
+        from distillkit.cli import methods
+
+        return methods.run(rest)
     if verb == "new-plugin":
         from distillkit.cli import new_plugin
 

@@ -4,12 +4,13 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distillkit import registry
 from distillkit.config.files import Config, MergedConfig, load, merge, merge_bases, merge_files
+from distillkit.config.methods import find
 from distillkit.config.parts import accepts, items, part_types
 from distillkit.errors import ConfigError, PluginError
 from distillkit.interfaces import Curator
@@ -130,7 +131,13 @@ class Plan:
         return selected or [self.runs[0]]
 
 
-def read(path: str, out: str | None = None, slots: int | None = None, baseline: str | None = None) -> Plan:
+def read(
+    path: str,
+    out: str | None = None,
+    slots: int | None = None,
+    baseline: str | None = None,
+    extra_methods: Sequence[str] = (),
+) -> Plan:
     """Reads a comparison from a file.
 
     `common` is the configuration that all methods share. Each entry of `methods` is merged on top of it. Both may name
@@ -142,12 +149,14 @@ def read(path: str, out: str | None = None, slots: int | None = None, baseline: 
         out: Folder that replaces the file's `out`.
         slots: Number of simultaneous runs that replaces the file's `slots`.
         baseline: Name of the method that replaces the file's `baseline`.
+        extra_methods: Names of methods, as `distillkit methods` lists them, that are compared besides the file's.
 
     Raises:
         ConfigError: If a key is unknown or missing, or a value is invalid.
     """
     overrides = {"out": out, "slots": slots, "baseline": baseline}
     content = load(path) | {key: value for key, value in overrides.items() if value is not None}
+    content = _with_methods(content, extra_methods)
     _check_keys(content, path)
     content = {key: value for key, value in content.items() if value is not None}  # null: not set
     _check_values(content, path)
@@ -184,6 +193,14 @@ def read(path: str, out: str | None = None, slots: int | None = None, baseline: 
         keep=keep,
         warm_start=warm,
     )
+
+
+def _with_methods(content: Config, names: Sequence[str]) -> Config:
+    """A comparison with further methods, by name; those of the file remain as they are."""
+    methods = content.get("methods") or {}
+    if not names or not isinstance(methods, dict):
+        return content
+    return content | {"methods": methods | {name: find(name).address for name in names if name not in methods}}
 
 
 def _warm_start(

@@ -3,14 +3,14 @@
 This runs before jsonargparse, which checks keys and values, and imports nothing heavy.
 """
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distillkit.config import yaml_loader
+from distillkit.config import methods, packaged, yaml_loader
+from distillkit.config.packaged import locate
 from distillkit.errors import ConfigError
 
 Config = dict[str, Any]
@@ -47,7 +47,8 @@ def load(path: str | Path) -> Config:
     file itself overrides its bases. `${config_dir}` in a value stands for the folder of the file that contains it.
 
     Args:
-        path: YAML file, or `pkg:PACKAGE/FILE` for a file in an installed package.
+        path: YAML file; `distillkit:NAME` for one that comes with distillkit, `pkg:PACKAGE/FILE` for a file in an
+            installed package.
 
     Raises:
         ConfigError: If a file is missing, is not a valid YAML mapping, or is its own base.
@@ -147,13 +148,19 @@ def _with_bases(config: Config, path: str | Path, chain: tuple[Path, ...]) -> Me
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) and base for base in bases):
         raise ConfigError(f"{path}: base must name a config file, or list several, got {config['base']!r}.")
-    merged = [_load(_base_path(base, file), (*chain, file.resolve())) for base in bases]
+    merged = [_load(_base_path(base, path), (*chain, file.resolve())) for base in bases]
     content = {key: value for key, value in config.items() if key != "base"}
     return merge_files([*merged, MergedConfig(content, ((str(path), content),))])
 
 
-def _base_path(base: str, file: Path) -> str:
-    return base if base.startswith(_PACKAGE) else os.path.normpath(_parent(file) / base)
+def _base_path(base: str, path: str | Path) -> str:
+    """The path of a base, which starts at the folder of the file that names it."""
+    text = str(path)
+    if packaged.is_address(base):
+        return base
+    if text.startswith(packaged.PREFIX):
+        return packaged.base_of(base, text)
+    return os.path.normpath(_parent(locate(path)) / base)
 
 
 def _folder(path: Path) -> Path:
@@ -164,28 +171,6 @@ def _folder(path: Path) -> Path:
 def _parent(path: Path) -> Path:
     """The folder of a file as the user named it; the current one for a stream."""
     return path.parent if path.is_file() else Path()
-
-
-_PACKAGE = "pkg:"
-
-
-def locate(path: str | Path) -> Path:
-    """The file that a path names; `pkg:PACKAGE/FILE` is a file in an installed package, which is not imported.
-
-    Raises:
-        ConfigError: If the package is not installed.
-    """
-    text = str(path)
-    if not text.startswith(_PACKAGE):
-        return Path(path)
-    package, _, file = text.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() and not package.startswith("__") else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            f"Config file {text} is in the package {package!r}, which is not installed. {_PACKAGE}PACKAGE/FILE names a "
-            "file in an installed package."
-        )
-    return Path(spec.submodule_search_locations[0]) / file
 
 
 SOURCES = ("train", "val", "test")
@@ -234,19 +219,31 @@ def _depth(config: object, keys: Sequence[str]) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits command-line arguments into config files (`--config X`, `--config=X`, `-c X`) and the rest."""
-    files, rest = [], []
+    """Splits command-line arguments into config files (`--config X`, `--config=X`, `-c X`) and the rest.
+
+    The files of `--method NAME` come first, so that they lie below the user's own.
+
+    Raises:
+        ConfigError: If a value is missing, or there is no such method.
+    """
+    files, below, rest = [], [], []
     items = iter(arguments)
     for argument in items:
-        if argument in ("--config", "-c"):
-            value = next(items, None)
-            if value is None:
-                raise ConfigError(f"{argument} needs the path of a config file as its value.")
-            files.append(value)
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        elif argument.startswith("-c"):
-            files.append(argument.removeprefix("-c").removeprefix("="))
-        else:
+        flag, separator, value = argument.partition("=")
+        if flag.startswith("-c"):
+            flag, separator, value = "-c", flag[2:] or separator, argument.removeprefix("-c").removeprefix("=")
+        if flag not in ("--config", "-c", "--method"):
             rest.append(argument)
-    return files, rest
+            continue
+        if not separator:
+            value = next(items, "")
+        if not value:
+            raise ConfigError(f"{flag} needs {_VALUE_OF.get(flag, 'the path of a config file')} as its value.")
+        if flag == "--method":
+            below.append(methods.find(value).address)
+        else:
+            files.append(value)
+    return [*below, *files], rest
+
+
+_VALUE_OF = {"--method": "the name of a method, see `distillkit methods`,"}
