@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     speakers = load_speakers(subject, arguments.teacher, not arguments.no_teacher, arguments.system)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        _introduce(speakers)
+        _introduce(speakers, arguments.no_teacher)
     for text in _messages(is_terminal):
         if text == "/quit":
             break
@@ -54,9 +54,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _introduce(speakers: "list[Speaker]") -> None:
+def _introduce(speakers: "list[Speaker]", is_alone: bool) -> None:
     for speaker in speakers:
         print(f"{speaker.name:<8} {speaker.origin}")
+    if len(speakers) == 1 and not is_alone:
+        print(f"{'teacher':<8} not recorded: name it with --teacher SOURCE to compare")
     if speakers[0].messages:
         print(f"{'system':<8} {speakers[0].messages[0]['content']}")
     print(f"{_HELP}\n")

@@ -7,6 +7,7 @@ import sys
 from distillkit.errors import DistillKitError
 
 VERBS = {
+    "init": "write a small folder that runs as it is",
     "fit": "train a student",
     "curate": "generate the responses of the first round before training",
     "validate": "measure a checkpoint on the validation prompts",
@@ -63,6 +64,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from distillkit.cli import store
 
         return store.run(rest)
+    if verb == "init":
+        from distillkit.cli import init
+
+        return init.run(rest)
     if verb == "export":
         from distillkit.cli import export
 
