@@ -95,6 +95,7 @@ def test_each_method_runs_as_it_is(method: str, tmp_path: Path, monkeypatch: Any
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 def test_the_real_models_run_as_they_are(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init", "demo"]) == 0

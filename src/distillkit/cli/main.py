@@ -4,6 +4,7 @@ import io
 import os
 import sys
 
+from distillkit.cli.stoppable import run_stoppable
 from distillkit.errors import DistillKitError
 
 VERBS = {
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distillkit {__version__}")
         return 0
     try:
-        return _run(verb, rest)
+        return run_stoppable(_run, verb, rest)
     except DistillKitError as error:
         return _fail(verb, str(error))
     except OSError as error:

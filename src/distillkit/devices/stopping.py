@@ -26,12 +26,16 @@ class StopRequested(BaseException):
 
     Attributes:
         finished: The `Response`s that a generator had received by then, which are saved.
+        saved: What the run has saved by then, in words.
+        arguments: Arguments that the same command needs to go on.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
         self.finished: tuple[Any, ...] = ()
+        self.saved: list[str] = []
+        self.arguments: tuple[str, ...] = ()
 
     @property
     def status(self) -> int:
