@@ -93,9 +93,9 @@ def test_a_run_answers_beside_its_teacher_each_in_its_own_conversation(
 def test_the_second_message_follows_the_first_answer(root: Path) -> None:
     (speaker,) = load_speakers(find_subject(str(root / "out")))
     pieces: list[str] = []
-    assert speaker.answer("Hi", 6, 0.0, pieces.append)
+    speaker.answer("Hi", 6, 0.0, pieces.append)
     first = speaker.messages[-1]["content"]
-    assert speaker.answer("And you?", 6, 0.0, pieces.append)
+    speaker.answer("And you?", 6, 0.0, pieces.append)
     assert [message["role"] for message in speaker.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert speaker.messages[-1]["content"] == greedy(root / "out", speaker.messages[:-1], 6)
     assert speaker.messages[2]["content"] == first
@@ -166,9 +166,10 @@ def test_a_conversation_beyond_the_context_is_one_line(
     tmp_path: Path, say: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_tiny(tmp_path / "short", max_position_embeddings=24)
-    say(f"Hi\n{'very ' * 40}\n")
-    assert main(["chat", str(folder)]) == 0
-    *_, last = capsys.readouterr().out.splitlines()
+    say("very " * 40)
+    assert main(["chat", str(folder)]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("distillkit chat: error: The conversation has ")
     assert last.endswith("and the student reads 24: /new starts anew.")
 
 

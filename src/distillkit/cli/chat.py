@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from distillkit.devices.stopping import StopRequested
@@ -48,7 +49,9 @@ def run(argv: list[str]) -> int:
             for speaker in speakers:
                 speaker.start(system)
             continue
-        _answer(speakers, text, arguments.max_new_tokens, arguments.temperature)
+        for speaker in speakers:
+            name = f"{speaker.name}: " if len(speakers) > 1 else ""
+            _answer(partial(speaker.answer, text, arguments.max_new_tokens, arguments.temperature), name, is_terminal)
         if is_terminal:
             print()
     return 0
@@ -85,17 +88,20 @@ def _messages(is_terminal: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(speakers: "list[Speaker]", text: str, max_new_tokens: int, temperature: float) -> None:
-    """Prints each speaker's answer, with its name if there are several."""
-    for speaker in speakers:
-        if len(speakers) > 1:
-            print(f"{speaker.name}: ", end="", flush=True)
-        try:
-            is_whole = speaker.answer(text, max_new_tokens, temperature, _show)
-        except DistillKitError as error:
-            print(error)
-            continue
-        print("" if is_whole else " [stopped]", flush=True)
+def _answer(answer: Callable[[Callable[[str], None]], None], name: str, is_terminal: bool) -> None:
+    """Prints an answer after its speaker's name. On a terminal Ctrl-C or an error ends it, otherwise the command."""
+    try:
+        print(name, end="", flush=True)
+        answer(_show)
+        print(flush=True)
+    except DistillKitError as error:
+        if not is_terminal:
+            raise
+        print(error)
+    except StopRequested as stop:
+        if not (is_terminal and stop.is_interrupt):
+            raise
+        print(" [stopped]", flush=True)
 
 
 def _show(piece: str) -> None:

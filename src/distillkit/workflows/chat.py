@@ -141,8 +141,8 @@ class Speaker:
             raise ConfigError(f"--system needs a chat template, which the {self.name} {self.origin} does not use.")
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def answer(self, text: str, max_new_tokens: int, temperature: float, show: Callable[[str], None]) -> bool:
-        """Answers a message and adds both to the conversation. Ctrl-C ends the answer.
+    def answer(self, text: str, max_new_tokens: int, temperature: float, show: Callable[[str], None]) -> None:
+        """Answers a message and adds both to the conversation, of an answer that a signal stops what there is of it.
 
         Args:
             text: The message.
@@ -150,24 +150,20 @@ class Speaker:
             temperature: Temperature of the sampling; 0 takes the most likely token.
             show: Takes each piece of the answer.
 
-        Returns:
-            False if Ctrl-C ended the answer.
-
         Raises:
             DataError: If the chat template refuses the conversation.
             ModelError: If the conversation is longer than the model's context.
+            StopRequested: If a signal stops the answer.
         """
         conversation = [*self.messages, {"role": "user", "content": text}]
         ids, limit = self._encode(conversation), configured_length(self.model)
-        length, input_ids = len(ids), torch.tensor([ids], device=base_model(self.model).device)
-        if limit is not None and length >= limit:
+        if limit is not None and len(ids) >= limit:
             raise ModelError(
-                f"The conversation has {length} tokens, and the {self.name} reads {limit}: /new starts anew."
+                f"The conversation has {len(ids)} tokens, and the {self.name} reads {limit}: /new starts anew."
             )
         ends = eos_ids(self.tokenizer, base_model(self.model))
-        stream = _Stream(self.tokenizer, show, ends)
+        stream, input_ids = _Stream(self.tokenizer, show, ends), torch.tensor([ids], device=self._device)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        is_whole = True
         try:
             with quiet(), torch.inference_mode():
                 self.model.generate(  # type: ignore[operator]
@@ -175,17 +171,20 @@ class Speaker:
                     attention_mask=torch.ones_like(input_ids),
                     **sampling,
                     streamer=stream,
-                    max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - length),
+                    max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)),
                     eos_token_id=list(ends),
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
-        except StopRequested as stop:
-            if not stop.is_interrupt:
-                raise
-            is_whole = False
+        except StopRequested:
             stream.end()
-        self.messages = [*conversation, {"role": "assistant", "content": stream.text}]
-        return is_whole
+            raise
+        finally:
+            self.messages = [*conversation, {"role": "assistant", "content": stream.text}]
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = base_model(self.model).device
+        return device
 
     def _encode(self, conversation: list[dict[str, str]]) -> tuple[int, ...]:
         """The token ids of the prompt."""
