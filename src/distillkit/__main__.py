@@ -6,7 +6,7 @@ import signal
 import sys
 
 from distillkit.cli.main import main
-from distillkit.comparison.runner import PARENT
+from distillkit.devices.stopping import PARENT
 
 
 def end_with(parent: int) -> None:

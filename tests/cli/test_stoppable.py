@@ -1,8 +1,11 @@
 """Ctrl-C and SIGTERM: each verb says in two lines what is saved and the command to go on."""
 
+import importlib
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -115,3 +118,27 @@ def _logged_in(folder: str, log: str, arguments: list[str]) -> int:
     """The command in a folder, with its output at the end of a file."""
     os.chdir(folder)
     return logged(log, arguments)
+
+
+def test_a_signal_within_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: Any) -> None:
+    code = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nDONE = True\n"
+    (tmp_path / "slow_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(verb: str, arguments: list[str]) -> int:
+        module = importlib.import_module("slow_module")
+        assert module.DONE
+        time.sleep(5)  # the repeated signal raises here
+        return 0
+
+    assert run_stoppable(run, "fit", []) == 130
+    assert "slow_module" in sys.modules
+
+
+def test_the_command_starts_without_anything_heavy() -> None:
+    """Ctrl-C can be answered from the moment that the handlers are installed, so little may be imported before."""
+    code = "import runpy, sys; sys.argv = ['x', '--version']; runpy.run_module('distillkit', run_name='__main__')"
+    code = f"try:\n    {code.replace('; ', chr(10) + '    ')}\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert {"torch", "lightning", "transformers", "yaml"}.isdisjoint(done.stdout.split())
+    assert "distillkit.cli.main" in done.stdout.split()

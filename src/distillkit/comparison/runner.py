@@ -18,6 +18,7 @@ import yaml
 from distillkit.comparison.outcome import damage, is_done
 from distillkit.comparison.plan import Plan, Run
 from distillkit.config.files import Config
+from distillkit.devices.stopping import PARENT
 from distillkit.errors import ConfigError, StoreError, TrainingError
 from distillkit.run_folder import (
     CHECKPOINTS,
@@ -33,9 +34,6 @@ from distillkit.run_folder import (
     metrics_file,
 )
 from distillkit.storage.atomic import write_atomically
-
-PARENT = "DISTILLKIT_PARENT"
-"""Environment variable with a process id: the `distillkit` command ends when that process ends."""
 
 
 def write_configs(plan: Plan) -> None:
