@@ -2,8 +2,8 @@
 
 The command installs the handlers. A signal raises `StopRequested` at once wherever the process is (responses that were
 received are saved by then), with two exceptions: within a training step it waits for the end of the step, so that a
-checkpoint can be saved, unless a second signal comes; and while a module is imported it waits for the end of the import,
-since an error from within one leaves modules that are half made.
+checkpoint can be saved, unless a second signal comes; and while a module is imported it waits for the end of that,
+since an error within an import leaves modules that are half made.
 """
 
 import logging

