@@ -22,6 +22,7 @@ from distillkit.losses import ForwardKL
 from distillkit.models.provenance import Provenance, provenance, public_name
 from distillkit.teachers.transformers import TransformersTeacher
 from distillkit.workflows.checkpoints import choose_checkpoint
+from helpers.hub import hub
 from helpers.models import save_tiny
 from helpers.runs import QUIET, save_models, write_prompts
 from helpers.servers import Reply, serving
@@ -247,6 +248,7 @@ def test_an_upload_is_refused_before_anything_is_written_without_a_token_or_a_na
     arguments = [str(run), "--to", str(tmp_path / "out"), "--push-to-hub"]
     assert "needs a token that may write: run `hf auth login`" in error_of([*arguments, "me/student"], capsys)
     assert "Write USER/NAME." in error_of([*arguments, "not a name"], capsys)
+    assert "whose? Write USER/NAME." in error_of([*arguments, "student"], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -263,3 +265,22 @@ def test_a_hub_that_refuses_leaves_the_folder_and_the_command_to_go_on(
     assert f"run `hf upload me/student {tmp_path / 'out'}`" in line
     card = (tmp_path / "out" / "README.md").read_text()
     assert '.from_pretrained("me/student")' in card
+
+
+def test_a_student_is_uploaded_to_a_private_repository(
+    run: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_me")
+    with hub() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        for name, options in (("student", []), ("open", ["--public"])):
+            arguments = [str(run), "--to", str(tmp_path / name), "--push-to-hub", f"me/{name}", *options]
+            assert main(["export", *arguments]) == 0
+            assert f"On the hub: {server.url}/me/{name}" in capsys.readouterr().out
+    assert server.tokens == {"Bearer hf_of_me"}
+    is_private, files = server.repositories["me/student"]
+    assert is_private
+    assert not server.repositories["me/open"][0]
+    local = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}
+    assert files == local
+    assert b'.from_pretrained("me/student")' in files["README.md"]

@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "--system", metavar="TEXT", help="system message; by default that of the training prompts, '' for none"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default, takes the most likely token each time"
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the most likely token"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, by default 256")
     return parser

@@ -9,7 +9,7 @@ def check_upload(repository: str) -> None:
     """Checks what can be known before an upload: the repository's name, and that there is a token.
 
     Args:
-        repository: `USER/NAME`, or `NAME` for the user of the token.
+        repository: `USER/NAME`.
 
     Raises:
         ConfigError: If the name is not one of a repository, or there is no token.
@@ -22,6 +22,8 @@ def check_upload(repository: str) -> None:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise ConfigError(f"--push-to-hub {repository}: {error} Write USER/NAME.") from error
+    if "/" not in repository:  # the model card says under which name the student is loaded
+        raise ConfigError(f"--push-to-hub {repository}: whose? Write USER/NAME.")
     if get_token() is None:
         raise ConfigError(
             "--push-to-hub needs a token that may write: run `hf auth login`, or set the environment variable HF_TOKEN."
@@ -33,7 +35,7 @@ def upload(folder: Path, repository: str, private: bool = True) -> str:
 
     Args:
         folder: The folder of an exported student.
-        repository: `USER/NAME`, or `NAME` for the user of the token.
+        repository: `USER/NAME`.
         private: Whether a new repository is private; one that exists stays as it is.
 
     Returns:
@@ -50,7 +52,7 @@ def upload(folder: Path, repository: str, private: bool = True) -> str:
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Student exported by distillkit")
-    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ServerError(
             f"{repository} can't be uploaded: {reason} The student is complete in {folder}; once that is put right, "
