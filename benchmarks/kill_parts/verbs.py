@@ -57,7 +57,7 @@ def evaluate(root: Path) -> Case:
 
     return Case(
         root / "evaluate.log",
-        lambda: ["evaluate", "--config", file, "--out", str(out), "--overwrite=true"],
+        lambda: ["evaluate", "--config", file, "--out", str(out), "--overwrite"],
         lambda: remove(run, out),
         lambda: [*damaged(run), *damaged(out)],
         content,

@@ -6,6 +6,7 @@ code; it imports no part.
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import sys
@@ -90,7 +91,12 @@ def entries(kind: str | None = None) -> list[Entry]:
     # entry_points() lists each distribution once, by its normalised name, even if sys.path contains it several times.
     points = metadata.entry_points()
     groups = {name: KINDS[name] for name in ([kind] if kind else KINDS)}
-    installed = {_entry(point, name) for name, group in groups.items() for point in points.select(group=group)}
+    distribution = functools.cache(_distribution)  # points of one share an object, whose metadata is slow to read
+    installed = {
+        Entry(point.name, name, point.value, *distribution(point.dist))
+        for name, group in groups.items()
+        for point in points.select(group=group)
+    }
     order = list(KINDS)
     return sorted(installed, key=lambda entry: (order.index(entry.kind), entry.name, entry.distribution, entry.target))
 
@@ -184,9 +190,10 @@ def summary(entry: Entry) -> str:
     return NO_SOURCE
 
 
-def _entry(point: metadata.EntryPoint, kind: str) -> Entry:
-    assert point.dist is not None  # entry_points() sets it
-    return Entry(point.name, kind, point.value, point.dist.name, point.dist.version)
+def _distribution(distribution: metadata.Distribution | None) -> tuple[str, str]:
+    """Name and version of a distribution."""
+    assert distribution is not None  # entry_points() sets it
+    return distribution.name, distribution.version
 
 
 def _near(word: str, names: Iterable[str]) -> list[str]:

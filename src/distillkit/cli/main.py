@@ -76,8 +76,17 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         print(f"distillkit: error: unknown verb {verb!r}. Use one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
+    from distillkit.cli import help_pages, part_help
     from distillkit.cli.stoppable import run
 
+    if verb in help_pages.PAGES:
+        topic = help_pages.topic(rest)
+        if topic in ("", "all"):
+            print(help_pages.page(verb))
+        if topic == "" or part_help.run(rest):
+            return 0
+        if topic == "all":
+            rest = ["--help"]
     return run(verb, rest)
 
 

@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distillkit methods",
-        description="Lists the methods that can be run, those of installed plugins included, or prints the file of one.",
+        description="Lists the methods that can be run, those of plugins included, or prints the file of one.",
         allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="print the file of this method")

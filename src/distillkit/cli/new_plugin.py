@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help="name of the package, such as distillkit-hellinger")
-    parser.add_argument("--kind", required=True, choices=kinds(), help="kind of the part")
+    parser.add_argument(
+        "--kind", required=True, choices=kinds(), metavar="KIND", help=f"kind of the part: {', '.join(kinds())}"
+    )
     parser.add_argument(
         "--into", type=Path, default=Path(), metavar="DIR", help="folder in which to create the package's folder"
     )

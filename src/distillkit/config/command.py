@@ -1,7 +1,8 @@
 """A command as the user entered it: config files, and the arguments that override them."""
 
+import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +61,25 @@ class Command:
                 key, separator, value = argument[2:].partition("=")
                 settings.append((key, value if separator or following.startswith("--") else following))
         return settings
+
+
+def with_flag_values(arguments: Sequence[str], method: Callable[..., object]) -> list[str]:
+    """The arguments of a verb, with `=true` after each flag that has no value, such as `--overwrite`.
+
+    Args:
+        arguments: Command-line arguments without the config files.
+        method: The verb's method; its parameters of type `bool` are the flags.
+    """
+    flags = {
+        f"--{name}" for name, parameter in inspect.signature(method).parameters.items() if parameter.annotation is bool
+    }
+    return [
+        f"{argument}=true" if argument in flags and following.lower() not in _BOOLEANS else argument
+        for argument, following in itertools.pairwise([*arguments, ""])
+    ]
+
+
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
 def _parsed(text: str) -> object:

@@ -14,6 +14,7 @@ _UNKNOWN = re.compile(
     r"(?:Group '(?P<group>[\w.]+)' does not accept|Subcommand '\w+' does not accept|^) ?[oO]ption '(?P<option>[\w.]+)'"
     r"|Key '(?P<key>[\w.]+)' is not expected|unrecognized arguments: --(?P<flag>[\w.]+)"
 )
+_HELP = re.compile(r"(?P<key>[\w.]+)\.help: Expected a dot import path string: (?P<name>.*)")
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.*)")
 _TYPE = re.compile(
     r"(?:Expected an?|Unexpected) (?:<class '(?:\w+\.)*(?P<name>\w+)'>|typing\.Literal\[(?P<choices>[^\]]*)\]"
@@ -73,6 +74,10 @@ def explain(message: str, command: Command) -> str:
             value may have; the deepest leaves are the reason.
         command: The command that was refused.
     """
+    help_key = _HELP.search(message)
+    if help_key is not None:
+        key, name = help_key["key"], help_key["name"]
+        return f"{key} takes no class named {name!r}. `--help.{key.partition('.')[0]}` lists those that it takes."
     required = _REQUIRED.search(message)
     if required is not None:
         keys = re.sub(r"\b\w+\.(?=(model|data|trainer)\b)", "", required["keys"])  # the verb is not a key

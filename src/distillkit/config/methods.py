@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from distillkit import registry
 from distillkit.config import packaged, yaml_loader
@@ -55,8 +55,7 @@ class Method:
 
 def methods() -> list[Method]:
     """Lists all methods, sorted by name: those of distillkit and those of installed plugins, which are not imported."""
-    built_in = [packaged.PREFIX + name for name in packaged.names() if name.startswith(FOLDER)]
-    read = map(_read, [*built_in, *_plugin_files()])
+    read = map(_read, _addresses())
     return sorted((method for method in read if method is not None), key=lambda method: (method.name, method.address))
 
 
@@ -66,18 +65,23 @@ def find(name: str) -> Method:
     Raises:
         ConfigError: If there is none, or several packages have one.
     """
-    available = methods()
-    matches = [method for method in available if method.name == name]
+    read = [_read(address) for address in _addresses() if PurePosixPath(address).stem == name]
+    matches = [method for method in read if method is not None]
     if len(matches) == 1:
         return matches[0]
     if matches:
         addresses = " and ".join(method.address for method in matches)
         raise ConfigError(f"The method {name} is in {addresses}. Name one of these files with --config instead.")
-    names = [method.name for method in available]
+    names = [method.name for method in methods()]
     near = difflib.get_close_matches(name.casefold(), names, n=3)
     near += [other for other in names if name and name.casefold() in other and other not in near]
     hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
     raise ConfigError(f"There is no method named {name!r}.{hint} Run `distillkit methods` to list them all.")
+
+
+def _addresses() -> list[str]:
+    """Addresses of the files that may be methods."""
+    return [*(packaged.PREFIX + name for name in packaged.names() if name.startswith(FOLDER)), *_plugin_files()]
 
 
 def _plugin_files() -> list[str]:

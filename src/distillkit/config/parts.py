@@ -3,6 +3,7 @@
 import collections.abc
 import inspect
 import pydoc
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def import_parts(command: Command) -> None:
         ConfigError: If a setting is null that can't be: the parser passes over null.
         PluginError: If no part with the name is installed, several parts have it, or its import fails.
     """
-    if any(argument in ("-h", "--help") or argument.endswith(".help") for argument in command.arguments):
+    if any(re.match(r"-h$|--help(\.|$)|--[\w.]+\.help(=|$)", argument) for argument in command.arguments):
         for kind in registry.KINDS:
             registry.load_all(kind)  # help lists all parts
     # A part that an argument replaces is parsed too, so its class must be known as well.
@@ -84,7 +85,7 @@ class _Finder:
 
     Args:
         command: The command.
-        refuses_null: Whether a null in a setting that can't be null is an error.
+        refuses_null: Whether a null in a setting that can't be null is an error, and a part without its class.
     """
 
     def __init__(self, command: Command, refuses_null: bool) -> None:
@@ -116,6 +117,8 @@ class _Finder:
             if isinstance(name, str):
                 part = self._find(name, classes, path)
                 classes, settings = [] if part is None else [part], value.get("init_args")
+            elif self.refuses_null:
+                self._require_class(value, classes, path)
             if isinstance(settings, dict):
                 types_by_key = {key: hint for part in classes for key, hint in part_types(part).items()}
                 for key, item in settings.items():
@@ -124,6 +127,22 @@ class _Finder:
                         where = self.command.located(f"{path}.{key}")
                         raise ConfigError(f"{where} can't be null. Set it, or leave it out for its default.")
                     self.visit(item, types_by_key.get(key, items(annotation)), f"{path}.{key}")
+
+    def _require_class(self, settings: dict[str, object], classes: list[type], path: str) -> None:
+        """Refuses settings of a part whose class is not said, where none is the default."""
+        accepted = [part for part in classes if part is not types.NoneType]
+        kinds = [registry.kind_of(part) for part in accepted if inspect.isabstract(part)]
+        if not kinds or len(kinds) < len(accepted) or kinds[0] is None:
+            return
+        names = settings.get("init_args") or settings
+        keys = list(names) if isinstance(names, dict) else []
+        parts = registry.load_all(kinds[0])
+        fitting = [name for name, part in parts.items() if part_types(part).keys() >= set(keys)]
+        listed = f"These have them: {', '.join(fitting)}" if fitting else f"There are {', '.join(parts)}"
+        raise ConfigError(
+            f"{self.command.located(path)} has settings ({', '.join(keys)}) but no class. Name it too, by "
+            f"--{path}=NAME or class_path in a file. {listed}."
+        )
 
     def _find(self, name: str, classes: list[type], path: str) -> type | None:
         """The class with a name among installed parts and loaded subclasses; None if the parser has to find it."""

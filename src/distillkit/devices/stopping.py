@@ -26,6 +26,9 @@ _RETRY_SECONDS = 0.05
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+PARENT = "DISTILLKIT_PARENT"
+"""Environment variable with a process id: the `distillkit` command ends when that process ends."""
+
 
 class StopRequested(BaseException):
     """A signal asks the process to end. Not an `Exception`, so that no handler of errors takes it for one.

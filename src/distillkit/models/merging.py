@@ -1,5 +1,6 @@
 """Merging of adapters into the weights that they change."""
 
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     Returns:
         `model` itself if it has no adapters, otherwise a merged copy: `model` is unchanged and training can continue.
     """
+    if "peft" not in sys.modules:  # no model has adapters before that
+        return model
     from peft import PeftModel  # here, for a fast start of the command line
 
     if not isinstance(model, PeftModel):

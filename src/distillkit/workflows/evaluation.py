@@ -156,7 +156,7 @@ class EvaluationTrainer(Trainer):
             if (folder / METRICS).exists() and not overwrite:
                 raise ConfigError(
                     f"{folder} contains an evaluation already. Choose another folder with --out, or replace the "
-                    "evaluation with --overwrite=true."
+                    "evaluation with --overwrite."
                 )
             started = time.time()
             drafts, tasks = DraftAcceptance(draft), HarnessTasks(lm_eval)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 # Imported so that configurations can name these classes by their short names.
 from distillkit.callbacks import Answers, Budget, Export, FiniteLoss, RunCheckpoint, Throughput  # noqa: F401
-from distillkit.config.command import Command
+from distillkit.config.command import Command, with_flag_values
 from distillkit.config.explain import explain
 from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, load_all, require_mapping, split_arguments
 from distillkit.config.parts import import_parts
@@ -35,6 +35,7 @@ from distillkit.storage.locks import FolderLock
 from distillkit.training.datamodule import DistillData
 from distillkit.training.module import DistillModule
 from distillkit.workflows.checkpoints import requeued, resolve_checkpoint
+from distillkit.workflows.full_help import PublicPartsFormatter, print_full_help
 from distillkit.workflows.logs import run_log
 from distillkit.workflows.refusals import (
     check_launcher,
@@ -120,6 +121,7 @@ def launch_merged(
         data = content.get("data")
         if isinstance(data, dict) and any(argument.startswith(f"--data.{key}.") for argument in arguments):
             content["data"] = {**data, **({key: as_source(data[key])} if key in data else {})}
+    arguments = with_flag_values(arguments, getattr(trainer_class, verb))
     command = Command(MergedConfig(content, config.files), tuple(arguments), roots)
     import_parts(command)
     return cli(command, [verb, *arguments], trainer_class, save_config_callback)
@@ -190,7 +192,7 @@ class DistillCLI(LightningCLI):
         trainer_class: type[Trainer],
         save_config_callback: type[SaveConfigCallback] | None,
     ) -> None:
-        self.command, self.start = command, time.monotonic()
+        self.command, self.verb, self.start = command, arguments[0], time.monotonic()
         super().__init__(
             DistillModule,
             DistillData,
@@ -211,7 +213,9 @@ class DistillCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that rejects abbreviated keys, raises its errors, and takes the merged config files."""
-        parser = self.parser_class(allow_abbrev=False, exit_on_error=False, **kwargs)
+        parser = self.parser_class(
+            prog="distillkit", allow_abbrev=False, exit_on_error=False, formatter_class=PublicPartsFormatter, **kwargs
+        )
         parser.add_argument(
             "-c",
             "--config",
@@ -220,13 +224,21 @@ class DistillCLI(LightningCLI):
         )
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of the command's verb; those of other verbs, which would take a second each, remain empty."""
+        if subcommand == self.verb:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the config files and the arguments over them.
+        """Parses the config files and the arguments over them, or prints the help that they ask for.
 
         Raises:
             ConfigError: If a key or a value is wrong.
+            SystemExit: After help.
         """
         assert isinstance(args, list)
+        print_full_help(self._subcommand_parsers[self.verb], self.verb, args)
         verb, files = args[0], ["--config", "merged"] if self.command.config.content else []
         with _explained(self.command):
             self.config = parser.parse_args([verb, *files, *args[1:]])
