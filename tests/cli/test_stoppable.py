@@ -17,7 +17,7 @@ from distillkit.cli.main import VERBS, main
 from distillkit.cli.stoppable import run_stoppable
 from distillkit.workflows.starter import write_starter
 from distillkit.workflows.stopped import saved_work
-from helpers.runs import finish, logged, process
+from helpers.runs import finish, logged_in, process
 
 
 def stopped(signum: int) -> Any:
@@ -98,7 +98,7 @@ def test_the_command_that_it_prints_goes_on(tmp_path: Path) -> None:
     arguments, log = ["fit", "--config", "run.yaml", "--trainer.max_epochs", "3"], tmp_path / "log.txt"
     run, deadline = tmp_path / "demo" / "runs" / "demo", time.monotonic() + 60
     log.touch()
-    with process(_logged_in, str(tmp_path / "demo"), str(log), arguments) as child:
+    with process(logged_in, str(tmp_path / "demo"), str(log), arguments) as child:
         while not list(run.glob("checkpoints/step=*.ckpt")) and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(child.pid, signal.SIGINT)
@@ -108,16 +108,10 @@ def test_the_command_that_it_prints_goes_on(tmp_path: Path) -> None:
     assert saved.endswith(" and the responses in runs/demo/responses.")
     assert line == f"Go on with: distillkit {' '.join(arguments)} --ckpt_path last"
     assert not (run / "export").exists()
-    with process(_logged_in, str(tmp_path / "demo"), str(log), shlex.split(line)[4:]) as child:
+    with process(logged_in, str(tmp_path / "demo"), str(log), shlex.split(line)[4:]) as child:
         assert finish(child) == 0
     assert (run / "export" / "model.safetensors").exists()
     assert "Traceback" not in log.read_text()
-
-
-def _logged_in(folder: str, log: str, arguments: list[str]) -> int:
-    """The command in a folder, with its output at the end of a file."""
-    os.chdir(folder)
-    return logged(log, arguments)
 
 
 def test_a_signal_within_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: Any) -> None:
