@@ -15,9 +15,10 @@ import pytest
 
 from distillkit.cli.main import VERBS, main
 from distillkit.cli.stoppable import run_stoppable
+from distillkit.config.files import load
 from distillkit.workflows.starter import write_starter
 from distillkit.workflows.stopped import saved_work
-from helpers.runs import finish, logged_in, process
+from helpers.runs import finish, logged_in, process, write_config
 
 
 def stopped(signum: int) -> Any:
@@ -94,21 +95,23 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest
 
 
 def test_the_command_that_it_prints_goes_on(tmp_path: Path) -> None:
-    write_starter(tmp_path / "demo", tiny=True)
-    arguments, log = ["fit", "--config", "run.yaml", "--trainer.max_epochs", "3"], tmp_path / "log.txt"
-    run, deadline = tmp_path / "demo" / "runs" / "demo", time.monotonic() + 60
+    demo, log = tmp_path / "demo", tmp_path / "log.txt"
+    write_starter(demo, tiny=True)
+    stop = {"class_path": "helpers.killed.KillAfterStep", "init_args": {"step": 3, "signum": int(signal.SIGINT)}}
+    callbacks = [*load(demo / "run.yaml")["trainer"]["callbacks"], stop]
+    write_config(demo / "stop.yaml", {"trainer": {"callbacks": callbacks, "max_epochs": 1}})
+    run, arguments = demo / "runs" / "demo", ["fit", "--config", "run.yaml", "--config", "stop.yaml"]
     log.touch()
-    with process(logged_in, str(tmp_path / "demo"), str(log), arguments) as child:
-        while not list(run.glob("checkpoints/step=*.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(child.pid, signal.SIGINT)
+    with process(logged_in, str(demo), str(log), arguments) as child:
         assert finish(child) == 130
     *_, saved, line = log.read_text().splitlines()
-    assert saved.startswith("distillkit fit: stopped by Ctrl-C. Saved: the checkpoint runs/demo/checkpoints/step=")
-    assert saved.endswith(" and the responses in runs/demo/responses.")
+    assert saved == (
+        "distillkit fit: stopped by Ctrl-C. Saved: the checkpoint runs/demo/checkpoints/step=0000004.ckpt and the "
+        "responses in runs/demo/responses."
+    )
     assert line == f"Go on with: distillkit {' '.join(arguments)} --ckpt_path last"
     assert not (run / "export").exists()
-    with process(logged_in, str(tmp_path / "demo"), str(log), shlex.split(line)[4:]) as child:
+    with process(logged_in, str(demo), str(log), shlex.split(line)[4:]) as child:
         assert finish(child) == 0
     assert (run / "export" / "model.safetensors").exists()
     assert "Traceback" not in log.read_text()
