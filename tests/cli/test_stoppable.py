@@ -79,6 +79,23 @@ def test_a_run_with_a_folder_goes_on_from_its_newest_checkpoint(
     ]
 
 
+@pytest.mark.parametrize("address", ["{}", "file://{}", "memory://{}"])
+def test_responses_are_said_to_be_saved_where_there_are_some(address: str, tmp_path: Path, capsys: Any) -> None:
+    store = address.format(tmp_path / "responses")
+
+    def run(verb: str, arguments: list[str]) -> int:
+        with saved_work(tmp_path / "run", store, verb):
+            return stopped(signal.SIGTERM)(verb, arguments)
+
+    assert run_stoppable(run, "curate", []) == 143
+    empty = "Nothing was saved." if "memory" not in address else f"Saved: the responses received so far in {store}."
+    assert capsys.readouterr().err.splitlines()[0] == f"distillkit curate: stopped by SIGTERM. {empty}"
+    (tmp_path / "responses").mkdir()
+    (tmp_path / "responses" / "manifest-00000-00000.json").touch()
+    assert run_stoppable(run, "curate", []) == 143
+    assert capsys.readouterr().err.splitlines()[0].startswith("distillkit curate: stopped by SIGTERM. Saved: the resp")
+
+
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_starter(tmp_path / "demo", tiny=True)
     assert main(["fit", "--config", str(tmp_path / "demo" / "run.yaml"), "--trainer.max_steps", "1"]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from distillkit.devices.stopping import StopRequested
 from distillkit.run_folder import CHECKPOINTS, CONFIG
 from distillkit.storage.checkpoint_files import SUFFIX
+from distillkit.storage.files import StoreFolder
 
 
 @contextmanager
@@ -24,8 +25,11 @@ def saved_work(run: Path, store: str | Path, verb: str) -> Iterator[None]:
     except StopRequested as stop:
         checkpoint = _newest(run / CHECKPOINTS) if verb == "fit" else None
         stop.saved = [f"the checkpoint {_shown(checkpoint)}"] if checkpoint is not None else []
-        if "://" in str(store) or any(Path(store).glob("shards/*")):
-            stop.saved.append(f"the responses in {store if '://' in str(store) else _shown(Path(store))}")
+        folder = StoreFolder(store)
+        if folder.local is None:  # not asked now: a network may take long
+            stop.saved.append(f"the responses received so far in {store}")
+        elif folder.stamps("manifest-"):
+            stop.saved.append(f"the responses in {_shown(folder.local)}")
         if verb == "fit" and (run / CONFIG).exists():  # without it the folder would be refused: it contains a run
             stop.arguments = ("--ckpt_path", "last")
         raise
