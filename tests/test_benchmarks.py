@@ -23,6 +23,12 @@ def run(tmp_path, name, *arguments):
     return json.loads(file.read_text())
 
 
+def test_the_time_of_help_and_lists_is_measured(tmp_path):
+    result = run(tmp_path, "startup.py", "--repeats", "1", "--skip-fit")
+    assert [row["command"] for row in result["rows"]][:2] == ["--help", "--version"]
+    assert all(row["seconds"] > 0 for row in result["rows"])
+
+
 @pytest.mark.slow
 def test_the_step_is_the_same_in_a_plain_loop_and_here(tmp_path):
     names = ("textbook", "distillkit", "distillkit-padded", "distillkit-cached")

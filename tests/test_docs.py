@@ -84,6 +84,7 @@ BENCHMARKS = {
     "python benchmarks/step.py --device cuda --shape random-7b-1.5b": Elsewhere(
         "takes minutes and a quiet machine", "tests/test_benchmarks.py"
     ),
+    "python benchmarks/startup.py": Elsewhere("takes a minute and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/layouts.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/store.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/kills.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),

@@ -178,7 +178,7 @@ def page(verb: str) -> str:
     lines += ["", "Keys that most runs set, and defaults:", *_rows(content.keys, 25, 14)]
     lines += ["", "Examples:", *(f"  distillkit {verb} {example}" for example in content.examples), "", "More:"]
     lines += [
-        f"  distillkit {verb} --help.model       all its keys; also .data, .trainer, .all",
+        f"  distillkit {verb} --help.model       all its keys; also .data .trainer .all",
         f"  distillkit {verb} --model.loss.help  all losses; and a NAME: its settings",
     ]
     return "\n".join(lines)
