@@ -93,7 +93,7 @@ def export(root: Path) -> Case:
     def arguments() -> list[str]:
         if not saved.exists():  # in this process, once
             return ["fit", "--config", file]
-        return ["export", "--checkpoint", str(saved), "--out", str(target)]
+        return ["export", str(saved), "--to", str(target)]
 
     def complete() -> bool:
         return (target / "model.safetensors").exists()

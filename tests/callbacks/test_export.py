@@ -116,6 +116,11 @@ def test_the_card_says_of_which_step_its_metrics_are(options: dict[str, int], he
     start = lines.index(head)
     assert len({line.count("|") for line in lines[start : start + 4]}) == 1
     assert f"{module.history[-1]['val/nll']:.4g} |" in lines[start + 2]
+    assert "The reference responses are the gold responses of the data." in lines
+    assert str(tmp_path) not in "\n".join(lines)
+    (training,) = [line for line in lines if line.startswith("| training |")]
+    epochs = {1: "less than 1 epoch", 2: "1 epoch", 3: "1 epoch", 4: "2 epochs"}[module.trainer.global_step]
+    assert f", {epochs}, precision" in training
 
 
 def test_no_curves_are_drawn_of_a_log_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

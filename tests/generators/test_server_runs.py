@@ -130,7 +130,10 @@ def test_a_signal_within_a_call_of_the_server_keeps_what_it_has_answered(
         start = time.monotonic()
         assert main(["fit", "--config", write(server(broken.url, concurrency=concurrency))]) == 143
         assert time.monotonic() - start < 15, "the server hangs for 30 s"
-    assert last_line(capfd).startswith("distillkit fit: stopped by SIGTERM. Go on with the same command")
+    *_, saved, command = capfd.readouterr().err.splitlines()
+    assert saved == f"distillkit fit: stopped by SIGTERM. Saved: the responses in {tmp_path / 'run' / 'responses'}."
+    assert command.startswith("Go on with: distillkit fit --config ")
+    assert command.endswith(" --ckpt_path last")
     kept = stored(tmp_path / "run")
     assert len(kept) == 4 if concurrency == 1 else len(kept) >= 2
     with serving() as good:

@@ -194,6 +194,12 @@ def logged(log: str, arguments: list[str]) -> int:
     return main(arguments)
 
 
+def logged_in(folder: str, log: str, arguments: list[str]) -> int:
+    """The command as from a shell in a folder, with its output at the end of a file."""
+    os.chdir(folder)
+    return logged(log, arguments)
+
+
 def on_two_ranks(target: Callable[..., Any], *args: Any, status: int = 0) -> None:
     """Runs `target` in two processes, which a Trainer with `strategy="ddp", devices=2` takes for its ranks.
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillkit import DistillData, DistillModule, Lora, Sampling, Student
 from distillkit.callbacks import Export, RunCheckpoint
-from distillkit.cli.main import main
 from distillkit.curators.paired import PairedCurator
 from distillkit.curators.single import StudentCurator, TeacherCurator
 from distillkit.errors import ConfigError, ModelError
@@ -143,18 +142,6 @@ def test_its_student_is_exported_without_the_rest_of_the_run(run: tuple[Path, Di
     assert model.generate(**tokenizer("a", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
     with pytest.raises(ConfigError, match=f"{target} is not empty. Name a new folder"):
         export(path, target)
-
-
-def test_the_command_exports(run: tuple[Path, DistillModule], tmp_path: Path, capsys: Any) -> None:
-    path, _ = run
-    assert main(["export", "--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"The student is in {tmp_path / 'out'}.\n"
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    assert main(["export", "--checkpoint", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "new")]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"distillkit export: error: There is no checkpoint {tmp_path / 'x.ckpt'}. Check the path" in error
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_student_that_moved_is_named(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that was killed and resumed = the run that was left alone, bit for bit."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -248,6 +249,9 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
     assert_same_run(folder / run, left_alone(case))
 
 
+LAST = ["--ckpt_path", "last"]
+
+
 @pytest.mark.parametrize("call", [4, 5])
 def test_a_signal_during_curation_ends_a_run_at_once(
     call: int, folder: Path, left_alone: Callable[[str], Path]
@@ -257,9 +261,14 @@ def test_a_signal_during_curation_ends_a_run_at_once(
     killer = part("helpers.killed.KilledGenerator", call=call, progress=False, signum=int(signal.SIGTERM))
     log = folder / f"{run}.log"
     log.touch()
-    with process(logged, str(log), start(folder, run, CASES[case] | {"generator": killer})) as child:
+    settings = CASES[case] | {"generator": killer}
+    with process(logged, str(log), start(folder, run, settings)) as child:
         assert finish(child) == 143
-    assert "distillkit fit: stopped by SIGTERM. Go on with the same command" in log.read_text()
+    *_, saved, command_line = log.read_text().splitlines()
+    assert saved.startswith("distillkit fit: stopped by SIGTERM. Saved: the ")
+    assert (f"{folder / run}/checkpoints/step=" in saved) == (call == 5)
+    assert saved.endswith(f"the responses in {folder / run}/responses.")
+    assert command_line == f"Go on with: {shlex.join(['distillkit', *start(folder, run, settings), *LAST])}"
     assert (folder / run / "checkpoints").exists() == (call == 5)
     assert command(start(folder, run, CASES[case], "--ckpt_path", "last")) == 0
     assert_same_run(folder / run, left_alone(case))

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from lightning import Callback, Trainer
 
-from distillkit.callbacks.model_card import model_card
+from distillkit.callbacks.model_card import model_card, trained_run
 from distillkit.callbacks.plots import draw
 from distillkit.data.chat_templates import TEACHER
 from distillkit.errors import ConfigError
-from distillkit.models.export import check_export, export_model, stored_dtype
+from distillkit.models.export import check_adapter_only, check_export, export_model, stored_dtype
 from distillkit.models.finite import require_finite
 from distillkit.models.loading import DTYPES
 from distillkit.models.scoring import base_model
@@ -60,16 +60,8 @@ class Export(Callback):
         Raises:
             ConfigError: If an adapter is to be exported and there is none, or none that fits its source.
         """
-        student = pl_module.student_spec
-        if stage != "fit" or not self.adapter_only:
-            return
-        if student.lora is None:
-            raise ConfigError("Export.adapter_only needs adapters: set model.student.lora, or leave it out.")
-        if student.keep_layers is not None:
-            raise ConfigError(
-                "Export.adapter_only can't be used with model.student.keep_layers: the adapter would not fit the "
-                "source, which has all layers. Leave it out."
-            )
+        if stage == "fit" and self.adapter_only:
+            check_adapter_only(pl_module.student_spec, "Export.adapter_only")
 
     def on_fit_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
         """Saves all but the weights on every rank, to find out now whether that can be done.
@@ -99,8 +91,8 @@ class Export(Callback):
         require_finite(pl_module.student, "the student")
         root, folder, student = Path(trainer.default_root_dir), self._target(trainer), pl_module.student_spec
         dtype = stored_dtype(student.source, student.options) if self.dtype is None else DTYPES[self.dtype]
-        card = {"README.md": model_card(pl_module, trainer)}
         tokenizer = self._tokenizer(pl_module)
+        card = {"README.md": model_card(trained_run(pl_module, trainer), folder.name, tokenizer, self.adapter_only)}
         divergence = export_model(pl_module.student, student, tokenizer, folder, dtype, self.adapter_only, card)
         trained_dtype = base_model(pl_module.student).dtype
         if not self.adapter_only and torch.finfo(dtype).eps > torch.finfo(trained_dtype).eps:

@@ -4,15 +4,18 @@ import io
 import os
 import sys
 
+from distillkit.cli.stoppable import run_stoppable
 from distillkit.errors import DistillKitError
 
 VERBS = {
+    "init": "write a small folder that runs as it is",
     "fit": "train a student",
     "curate": "generate the responses of the first round before training",
     "validate": "measure a checkpoint on the validation prompts",
     "test": "measure a checkpoint on the test prompts",
     "evaluate": "measure a student on held-out prompts and write its metrics to a file",
-    "export": "write the student of a checkpoint as a transformers folder",
+    "export": "write the student of a run as a folder for transformers and vLLM",
+    "chat": "talk with a student beside its teacher",
     "compare": "train several methods at equal cost and write a report",
     "store": "inspect, merge and export response stores, and verify stored files",
     "methods": "list the methods that can be run, or print the file of one",
@@ -35,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"distillkit {__version__}")
         return 0
     try:
-        return _run(verb, rest)
+        return run_stoppable(_run, verb, rest)
     except DistillKitError as error:
         return _fail(verb, str(error))
     except OSError as error:
@@ -62,6 +65,10 @@ def _run(verb: str, rest: list[str]) -> int:
         from distillkit.cli import store
 
         return store.run(rest)
+    if verb == "init":
+        from distillkit.cli import init
+
+        return init.run(rest)
     if verb == "export":
         from distillkit.cli import export
 

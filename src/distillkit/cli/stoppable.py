@@ -1,23 +1,27 @@
-"""The verbs that run for long, and what the command says when a signal stops one."""
+"""Verbs that a signal stops: what is saved and how to go on, in two lines; and the verbs that run for long."""
 
 import gc
+import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from distillkit.devices.stopping import StopRequested, stop_signals
 
-_HINTS = {
-    "fit": "Go on with the same command and `--ckpt_path last` if the run has a checkpoint; responses are saved.",
-    "curate": "Responses are saved: go on with the same command.",
-    "compare": "Go on with the same command.",
+_KEEPS = {
+    "chat": "Conversations are not saved",
+    "compare": "Finished runs are saved, and the others up to their last checkpoint",
+    "store": "Files that are complete are saved, and no other is left",
 }
+"""What is saved of verbs that have no run, in words."""
 
 
-def run(verb: str, arguments: list[str]) -> int:
-    """Runs a verb.
+def run_stoppable(run: Callable[[str, list[str]], int], verb: str, arguments: list[str]) -> int:
+    """Runs a verb; if Ctrl-C or SIGTERM stops it, prints what is saved and the command to go on with.
 
     Args:
+        run: Runs a verb with its arguments.
         verb: Name of the verb.
         arguments: What follows it on the command line.
 
@@ -29,13 +33,41 @@ def run(verb: str, arguments: list[str]) -> int:
     """
     try:
         with stop_signals():
-            return _run(verb, arguments)
+            return run(verb, arguments)
     except StopRequested as stop:
-        print(f"distillkit {verb}: {stop}. {_HINTS.get(verb, '')}".rstrip(), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each rank is stopped
+            print("\n".join(_farewell(verb, arguments, stop)), file=sys.stderr)
         return stop.status
 
 
-def _run(verb: str, arguments: list[str]) -> int:
+def _farewell(verb: str, arguments: Sequence[str], stop: StopRequested) -> tuple[str, str]:
+    saved = f"Saved: {' and '.join(stop.saved)}" if stop.saved else _KEEPS.get(verb, "Nothing was saved")
+    goes_on = bool(stop.saved) or verb == "compare"
+    command = shlex.join(["distillkit", verb, *_without_checkpoint(arguments, stop.arguments), *stop.arguments])
+    return f"distillkit {verb}: {stop}. {saved}.", f"{'Go on' if goes_on else 'Start again'} with: {command}"
+
+
+def _without_checkpoint(arguments: Sequence[str], added: Sequence[str]) -> list[str]:
+    """The arguments without the option that is added, and its value."""
+    option = added[0] if added else None
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [word for before, word in pairs if option not in (before, word.partition("=")[0])]
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Runs a verb of those that train, generate, measure or talk.
+
+    Args:
+        verb: Name of the verb.
+        arguments: What follows it on the command line.
+
+    Raises:
+        DistillKitError: If the verb fails.
+    """
+    if verb == "chat":
+        from distillkit.cli import chat
+
+        return chat.run(arguments)
     if verb == "compare":
         from distillkit.cli import compare
 

@@ -1,11 +1,13 @@
 """Stopping by a signal: SIGTERM and Ctrl-C end a run soon, with what is worth saving saved, and never as a success.
 
 The command installs the handlers. A signal raises `StopRequested` at once wherever the process is (responses that were
-received are saved by then), with one exception: within a training step it waits for the end of the step, so that a
-checkpoint can be saved. A second signal doesn't wait.
+received are saved by then), with two exceptions: within a training step it waits for the end of the step, so that a
+checkpoint can be saved, unless a second signal comes; and while a module is imported it waits for the end of that,
+since an error within an import leaves modules that are half made.
 """
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,13 @@ from types import FrameType
 from typing import Any
 
 _log = logging.getLogger(__name__)
+
+PARENT = "DISTILLKIT_PARENT"
+"""Environment variable with a process id: the `distillkit` command ends when that process ends."""
+
+_IMPORT_SECONDS = 10.0
+"""Longest wait for the end of an import: a program may also do all its work while it is imported."""
+_RETRY_SECONDS = 0.05
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -29,20 +38,29 @@ class StopRequested(BaseException):
 
     Attributes:
         finished: The `Response`s that a generator had received by then, which are saved.
+        saved: What the run has saved by then, in words.
+        arguments: Arguments that the same command needs to go on.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
         self.finished: tuple[Any, ...] = ()
+        self.saved: list[str] = []
+        self.arguments: tuple[str, ...] = ()
 
     @property
     def status(self) -> int:
         """Exit status of a process that a signal ends: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.signum
 
+    @property
+    def is_interrupt(self) -> bool:
+        """True for Ctrl-C."""
+        return self.signum == signal.SIGINT
+
     def __str__(self) -> str:
-        return "stopped by Ctrl-C" if self.signum == signal.SIGINT else f"stopped by {signal.Signals(self.signum).name}"
+        return "stopped by Ctrl-C" if self.is_interrupt else f"stopped by {signal.Signals(self.signum).name}"
 
 
 class _State:
@@ -53,12 +71,14 @@ class _State:
         is_deferred: Whether a signal waits for `check`.
         pending: A signal that waits; None if there is none.
         forward: Passes a signal on to the run's other processes.
+        retries: How often a signal has waited for the end of an import.
     """
 
     is_installed: bool = False
     is_deferred: bool = False
     pending: int | None = None
     forward: Callable[[int], None] | None = None
+    retries: int = 0
 
 
 _state = _State()
@@ -74,6 +94,7 @@ def stop_signals() -> Iterator[None]:
     heeded = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
     before = {signum: signal.signal(signum, _handle) for signum in heeded}
     _state.is_installed, _state.is_deferred, _state.pending, _state.forward = True, False, None, None
+    _state.retries = 0
     try:
         yield
     finally:
@@ -115,6 +136,12 @@ def check() -> None:
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
+    if _state.retries * _RETRY_SECONDS < _IMPORT_SECONDS and _is_importing(frame):
+        _state.retries += 1
+        timer = threading.Timer(_RETRY_SECONDS, _repeat, (signum,))
+        timer.daemon = True
+        timer.start()
+        return
     if _state.is_deferred and _state.pending is None:
         _state.pending = signum
         _log.warning("%s: saving a checkpoint after this step; a second signal stops at once", StopRequested(signum))
@@ -122,3 +149,16 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if _state.forward is not None:
         _state.forward(signum)
     raise StopRequested(signum)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _repeat(signum: int) -> None:
+    if _state.is_installed:
+        os.kill(os.getpid(), signum)

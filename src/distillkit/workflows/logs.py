@@ -6,17 +6,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 from rich.logging import RichHandler
 
 
-def show_logs() -> None:
-    """Shows this package's log on the terminal, in full on the first rank; hides Lightning's advertisements."""
+def show_logs(on_stderr: bool = False) -> None:
+    """Shows this package's log on the terminal, in full on the first rank; hides Lightning's advertisements.
+
+    Args:
+        on_stderr: Whether it goes to standard error, where standard output is what the user asked for.
+    """
     is_first_rank = getattr(rank_zero_only, "rank", 0) == 0
     log = logging.getLogger("distillkit")
-    terminal = RichHandler(logging.INFO, show_path=False, show_level=False, log_time_format="[%X]")
-    log.handlers, log.propagate = [terminal], False
+    log.handlers, log.propagate = [_handler(on_stderr)], False
     log.setLevel(logging.INFO if is_first_rank else logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def _handler(on_stderr: bool) -> RichHandler:
+    console = Console(stderr=True) if on_stderr else None
+    return RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")
 
 
 class _RunLog(logging.FileHandler):
