@@ -15,7 +15,7 @@ from distillkit.run_folder import ANSWERS
 from distillkit.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 
 class Answers(Callback):
@@ -32,7 +32,7 @@ class Answers(Callback):
         self.shown = shown
         self._last_step: int | None = None
 
-    def on_validation_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Prints and writes the answers of the validation."""
         rows, history = pl_module.held_out.table, pl_module.history
         if not trainer.is_global_zero or not rows or not history:

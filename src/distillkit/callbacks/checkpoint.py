@@ -1,9 +1,9 @@
 """Checkpoints in the run's folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from distillkit.devices import stopping
@@ -14,9 +14,6 @@ from distillkit.storage.atomic import remove_unfinished
 from distillkit.storage.checkpoint_files import SUFFIX, newest_whole
 from distillkit.storage.checkpoint_io import use_atomic_checkpoints
 from distillkit.storage.locks import FolderLock
-
-if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -54,7 +51,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._every_n_steps = every_n_steps
         self._lock: FolderLock | None = None
 
-    def setup(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder to the run's, and locks it for training.
 
         Raises:
@@ -71,7 +68,7 @@ class RunCheckpoint(ModelCheckpoint):
         trainer.callbacks = [*other_callbacks, self]  # type: ignore[attr-defined]  # Lightning sets it through a connector
         super().setup(trainer, pl_module, stage)
 
-    def teardown(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Frees the run's folder."""
         self._unlock()
 
@@ -94,7 +91,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         stopping.check()
 
-    def on_exception(self, trainer: Trainer, pl_module: "DistillModule", exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves a checkpoint if a signal came between two steps, as while responses are generated; frees the folder."""
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.training:
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -103,7 +100,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._unlock()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves a checkpoint if due.
 
         Raises:
@@ -115,7 +112,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         stopping.check()
 
-    def on_train_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last checkpoint, so that the final metrics belong to the newest checkpoint."""
         self._save(trainer)
 

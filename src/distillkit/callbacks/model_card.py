@@ -9,7 +9,7 @@ from torch import nn
 from distillkit.types import Sampling
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 _NOT_SETTINGS = ("training", "needs_reference", "needs_teacher")
 _NAMES = {
@@ -20,7 +20,7 @@ _NAMES = {
 }
 
 
-def model_card(module: "DistillModule", trainer: Trainer) -> str:
+def model_card(module: "RunModule", trainer: Trainer) -> str:
     """A model card in the format of the Hugging Face hub: method, models, data, metrics.
 
     Args:

@@ -77,4 +77,6 @@ class Validation:
                 logger.log_metrics(values, step=step)
         else:  # Lightning logs the metrics at the value of `step`; outside `fit` it would take 0
             module.log_dict(values if trainer.state.fn == "fit" else values | {"step": float(step)})
+            if "val/kl" in values and trainer.state.fn == "fit":  # under a short name for the progress bar
+                module.log("kl", values["val/kl"], prog_bar=True, logger=False)
         return {name: Summary(value, value, value, torch.ones_like(value)) for name, value in results.items()}
