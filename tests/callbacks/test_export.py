@@ -115,7 +115,7 @@ def test_the_card_says_of_which_step_its_metrics_are(options: dict[str, int], he
     lines = (tmp_path / "export" / "README.md").read_text().splitlines()
     start = lines.index(head)
     assert len({line.count("|") for line in lines[start : start + 4]}) == 1
-    assert f"{module.history[-1]['val/nll']:.4g} |" in lines[start + 2]
+    assert f"{module.history[-1]['val/nll']:.4g} |" in lines[start + 3]
 
 
 def test_no_curves_are_drawn_of_a_log_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints in the run's folder."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class RunCheckpoint(ModelCheckpoint):
         # Lightning asks the first of them for the `best` checkpoint, and for this callback that is the newest.
         other_callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*other_callbacks, self]  # type: ignore[attr-defined]  # Lightning sets it through a connector
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # a folder with earlier checkpoints is the rule, not a reason to warn
+            warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Frees the run's folder."""

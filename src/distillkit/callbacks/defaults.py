@@ -3,7 +3,7 @@
 import logging
 
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 
 from distillkit.callbacks.checkpoint import RunCheckpoint
 from distillkit.callbacks.export import Export
@@ -17,9 +17,8 @@ _log = logging.getLogger(__name__)
 def add_default_callbacks(trainer: Trainer, export: bool) -> None:
     """Adds `FiniteLoss`, `RunCheckpoint` and `Export` to a trainer, each unless it has one of its kind.
 
-    `RunCheckpoint` takes the place of the `ModelCheckpoint` that Lightning adds by itself, not of one with settings.
-    With `enable_checkpointing=False` neither checkpoints nor the student are saved. A progress bar of Lightning shows
-    the metrics of a run.
+    `RunCheckpoint` takes the place of the `ModelCheckpoint` that Lightning adds by itself, not of one with settings;
+    with `enable_checkpointing=False` there is none. A progress bar of Lightning shows the metrics of a run.
 
     Args:
         trainer: The trainer, before the run.
@@ -33,10 +32,11 @@ def add_default_callbacks(trainer: Trainer, export: bool) -> None:
     callbacks = [callback for callback in callbacks if not is_lightnings_own(callback)]
     if not _has(callbacks, FiniteLoss):
         callbacks.append(FiniteLoss())
-    if saves and export and not _has(callbacks, Export):
+    if export and not _has(callbacks, Export):
         callbacks.append(Export())
     if saves and not _has(callbacks, ModelCheckpoint):
         callbacks.append(RunCheckpoint())
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # a checkpoint has the state of all others
     trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 

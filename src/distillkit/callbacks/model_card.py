@@ -1,6 +1,7 @@
 """The model card of an exported student."""
 
 import inspect
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
@@ -17,6 +18,9 @@ _NAMES = {
     "val/nll": "student's NLL of the reference responses, nats per token",
     "val/acceptance": "expected speculative acceptance, Σ min(p, q)",
     "val/rouge_l": "ROUGE-L of greedy answers against the reference, %",
+    "val/gold_nll": "student's NLL of the data's own answers, nats per token",
+    "val/gold_rouge_l": "ROUGE-L of greedy answers against the data's own, %",
+    "val/loss": "training loss on the data's own held-out answers",
 }
 
 
@@ -27,8 +31,6 @@ def model_card(module: "RunModule", trainer: Trainer) -> str:
         module: The trained DistillModule.
         trainer: Its trainer.
     """
-    from distillkit import __version__
-
     student = module.student_spec.source
     teacher = None if module.teacher is None else module.teacher.display_name
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it through a connector
@@ -42,7 +44,7 @@ def model_card(module: "RunModule", trainer: Trainer) -> str:
         "",
         f"# {trainer.default_root_dir.rstrip('/').rpartition('/')[2]}",
         "",
-        f"Distilled with distillkit {__version__}.",
+        f"Distilled with distillkit {metadata.version('distillkit')}.",
         "",
         "| | |",
         "| --- | --- |",

@@ -41,7 +41,7 @@ class RichBar(RunMetrics, RichProgressBar):
 class TextBar(RunMetrics, TQDMProgressBar):
     """Lightning's `TQDMProgressBar` with the metrics of a run."""
 
-    BAR_FORMAT = "{desc} {bar:10} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    BAR_FORMAT = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Starts the bar of an epoch."""

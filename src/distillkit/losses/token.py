@@ -116,7 +116,9 @@ class TokenLoss(Loss):
                     "dimension alone."
                 )
             if name in ("loss", "divergence"):
-                raise PluginError(f"{type(self).__name__}.metrics can't have the name {name!r}: the loss itself has it.")
+                raise PluginError(
+                    f"{type(self).__name__}.metrics can't have the name {name!r}: the loss itself has it."
+                )
         return metrics
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
 from distillkit.training import optimizer_state, resume, tokens
-from distillkit.training.checks import check_components, check_lengths, check_overlap, check_parts
+from distillkit.training.checks import check_components, check_kinds, check_lengths, check_overlap, check_parts
 from distillkit.training.generation import generator_pool
 from distillkit.training.identity import run_identity
 from distillkit.training.lr_schedule import ADAMW, Shape, check_schedule, check_warmup, with_schedule
@@ -35,8 +35,8 @@ from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
 from distillkit.training.step_log import StepLog, shown_values
-from distillkit.training.trainer_checks import check_trainer
-from distillkit.training.validation import Validation
+from distillkit.training.trainer_checks import check_gold_monitors, check_trainer
+from distillkit.training.validation import Validation, gold_rows
 from distillkit.training.window import StepWindow
 from distillkit.types import Batch, Progress, Prompts, Row, Sampling, Scores, Slicing, Summary, Tokenizer
 from distillkit.types.part import Part, settings_of
@@ -66,10 +66,13 @@ class DistillModule(Part, PortableModule):
         metrics: Verifiers that score the student's answers to held-out prompts, by the name used in the log.
         added_tokens: Whether student and teacher must have the `same` added tokens; with `unused`, a pair with one base
             vocabulary may differ in added tokens that never occur, which is checked in every prompt and response.
+        export: Whether the student is written to `export` in the run's folder when training ends. From Python,
+            `enable_checkpointing=False` of the trainer switches it off too.
 
     Raises:
-        ConfigError: If the loss or the curator needs a teacher and there is none, if the generator can't generate for
-            both models or does not support a sampling, or if `warmup` is out of range or not that of a shape.
+        ConfigError: If a part is of another kind, if the loss or the curator needs a teacher and there is none, if the
+            generator can't generate for both models or does not support a sampling, or if `warmup` is out of range or
+            not that of a shape.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class DistillModule(Part, PortableModule):
         export: bool = True,
     ) -> None:
         super().__init__()
+        check_kinds(student, loss=loss, teacher=teacher, curator=curator, generator=generator)
         self.curator = curator or DatasetCurator()
         self.warmup = check_warmup(warmup, lr_schedule)
         self.student_spec, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
@@ -121,8 +125,7 @@ class DistillModule(Part, PortableModule):
         if self.begin_run(self.trainer):
             self.progress_fn, self.resumed, self.step_log = None, {}, StepLog()
             self.validation.start_over()
-        if self.trainer.state.fn == "fit":
-            add_default_callbacks(self.trainer, self.export)
+        add_default_callbacks(self.trainer, self.export and bool(self.trainer.checkpoint_callbacks))
         return []
 
     def use_progress(self, progress_fn: Callable[[int], float]) -> None:
@@ -173,6 +176,8 @@ class DistillModule(Part, PortableModule):
         if stage == "fit":
             check_schedule(self.optimizer, self.lr_schedule)
         prompts = run_prompts(self.trainer)
+        if stage == "fit":
+            check_gold_monitors(self.trainer, prompts.get("val", Prompts(())), self.same_vocab_teacher is not None)
         if self.same_vocab_teacher is not None:
             teacher = self.same_vocab_teacher.tokenizer()
             names = self.student_spec.source, self.same_vocab_teacher.display_name
@@ -246,16 +251,25 @@ class DistillModule(Part, PortableModule):
         """Refuses held-out prompts on which the student can't be evaluated."""
         self.held_out.check(prompts)
 
-    def reference_rows(self, prompts: Prompts) -> list[Row]:
-        """Reference responses to held-out prompts: the teacher's, or the data's without a same-vocabulary teacher."""
+    def reference_rows(self, prompts: Prompts) -> list[list[Row]]:
+        """Rows of each held-out prompt: a reference response, and the data's own if the reference is the teacher's.
+
+        Without a teacher that uses the student's tokenizer, the data's responses are the references.
+        """
         self.rounds.wait()
-        curator = DatasetCurator() if self.same_vocab_teacher is None else TeacherCurator(self.answers)
-        rows = list(curator.curate(prompts, self.writers.generators))
+        teacher = self.same_vocab_teacher
+        curator = DatasetCurator() if teacher is None else TeacherCurator(self.answers)
+        references = list(curator.curate(prompts, self.writers.generators))
+        groups = [
+            [row, *([] if teacher is None else gold_rows(prompt))]
+            for row, prompt in zip(references, prompts, strict=True)
+        ]
+        rows = [row for group in groups for row in group]
         tokens.check_tokens(self._unshared, rows)
-        if self.same_vocab_teacher is not None:
-            self.same_vocab_teacher.prepare(rows)
-        self.validation.set_references(prompts, rows, self.tokenizer)
-        return rows
+        if teacher is not None:
+            teacher.prepare(rows)
+        self.validation.set_references(prompts, references, self.tokenizer)
+        return groups
 
     def score(self, batch: Batch, with_teacher: bool = True) -> tuple[Scores, Scores | None]:
         """Scores of the batch's response positions by the student and, if `with_teacher`, by the teacher."""
@@ -353,7 +367,9 @@ class DistillModule(Part, PortableModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the held-out metrics."""
-        self.held_out.update(*self.score(batch, self.same_vocab_teacher is not None), batch)
+        has_teacher = self.same_vocab_teacher is not None
+        is_row_wise = not self.loss.contrasts_sides and (has_teacher or not self.loss.needs_teacher)
+        self.held_out.update(*self.score(batch, has_teacher), batch, self.loss if is_row_wise else None)
 
     def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out metrics."""

@@ -17,6 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from distillkit.devices.distributed import rank
 from distillkit.errors import ConfigError, check_range
+from distillkit.evaluation.heldout import GOLD_NAMES
+from distillkit.types import Prompts
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,15 @@ _RANGES = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_
 """Numbers that Lightning takes as they are: a 0 or a number below it is an error after hours, or does nothing."""
 
 
-_LARGER_IS_BETTER = {"kl": False, "nll": False, "acceptance": True, "rouge_l": True}
+_LARGER_IS_BETTER = {
+    "kl": False,
+    "nll": False,
+    "acceptance": True,
+    "rouge_l": True,
+    "gold_nll": False,
+    "gold_rouge_l": True,
+    "loss": False,
+}
 """Held-out metrics, and whether a larger value is the better one."""
 
 
@@ -90,6 +100,27 @@ def check_trainer(trainer: Trainer, metrics: Collection[str]) -> None:
             _check_monitor(callback, monitor.removeprefix("val/"), metrics, trainer)
 
 
+def check_gold_monitors(trainer: Trainer, prompts: Prompts, has_teacher: bool) -> None:
+    """Refuses a callback that monitors a metric of the data's own held-out answers where there are none.
+
+    Args:
+        trainer: The trainer.
+        prompts: The held-out prompts.
+        has_teacher: Whether there is a teacher with the student's tokenizer, which answers every prompt.
+    """
+    names = GOLD_NAMES if has_teacher else [name for name in GOLD_NAMES if name != "loss"]
+    if has_teacher and any(prompt.reference_ids for prompt in prompts):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it through a connector
+        monitor = str(getattr(callback, "monitor", None))
+        if trainer.state.fn == "fit" and monitor.removeprefix("val/") in names and monitor.startswith("val/"):
+            reason = "responses in data.val" if has_teacher else "a teacher with the student's tokenizer"
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__} monitors {monitor}, which needs {reason}. "
+                "Monitor val/kl or val/nll instead, or add them."
+            )
+
+
 def _check_monitor(callback: Callback, metric: str, metrics: Collection[str], trainer: Trainer) -> None:
     """Checks that a callback monitors a metric of the run in the right direction; one logged elsewhere may be any."""
     name, kind = f"val/{metric}", type(callback).__name__
@@ -100,7 +131,7 @@ def _check_monitor(callback: Callback, metric: str, metrics: Collection[str], tr
             f"trainer.callbacks: {kind} monitors {name}, and there are no held-out prompts: set data.val."
         )
     logged = ", ".join(f"val/{one}" for one in metrics)
-    if is_ours and metric not in metrics:
+    if is_ours and metric not in (*metrics, *GOLD_NAMES):
         raise ConfigError(
             f"trainer.callbacks: {kind} monitors {name}, which needs a teacher with the student's tokenizer. This run "
             f"logs {logged}."

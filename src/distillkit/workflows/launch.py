@@ -294,7 +294,7 @@ class DistillCLI(LightningCLI):
             kwargs["logger"] = [table, RunTensorBoardLogger(root, TENSORBOARD_LOGS)]
         built = super().instantiate_trainer(**kwargs)
         check_launcher(built)
-        add_default_callbacks(built, self.model.export)
+        add_default_callbacks(built, self.model.export and self.subcommand == "fit")
         use_atomic_checkpoints(built)
         built.callbacks.insert(0, SignalCallback())  # type: ignore[attr-defined]  # first, to defer signals to a step's end
         return built
