@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from distillkit import DistillData, DistillModule, Student
-from distillkit.losses import CrossEntropy
+from distillkit.callbacks.plots import curves
+from distillkit.losses import CrossEntropy, ForwardKL
+from distillkit.teachers import TransformersTeacher
 from distillkit.training.step_log import learning_rates
+from distillkit.types import Slicing
 from helpers.runs import QUIET, Gradients, MemoryLogger, save_models, write_prompts
 
 
@@ -69,3 +72,38 @@ def test_between_two_logged_steps_nothing_is_read_from_the_device(
     reads.clear()
     fit(folder, tmp_path, log_every_n_steps=1, enable_progress_bar=True)
     assert len(reads) - steps_read == 3 * 2, "loss and learning rate of the other three steps"
+
+
+class Entropy(ForwardKL):
+    """A divergence that reports the student's entropy."""
+
+    def metrics(self, logp: torch.Tensor, logq: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"entropy": -(logq.exp() * logq).sum(-1)}
+
+
+def test_what_a_loss_reports_is_a_mean_over_the_global_batch(folder: Path, tmp_path: Path) -> None:
+    entropies = []
+    for size, accumulate, positions in ((4, 1, None), (2, 2, None), (1, 4, 3)):
+        module = DistillModule(
+            Student(str(folder / "student")),
+            Entropy(),
+            TransformersTeacher(str(folder / "teacher"), dtype="float32"),
+            slicing=Slicing(max_positions=positions),
+        )
+        logger = MemoryLogger()
+        options = QUIET | {"max_steps": 1, "default_root_dir": tmp_path, "enable_checkpointing": False}
+        trainer = lightning.Trainer(**options, logger=logger, accumulate_grad_batches=accumulate)
+        trainer.fit(module, DistillData(str(folder / "train.jsonl"), batch_size=size, shuffle=False))
+        entropies += logger.column("train/entropy")
+    assert len(entropies) == 3
+    assert entropies == pytest.approx(entropies[:1] * 3, rel=1e-5)
+
+
+def test_the_curves_have_what_a_loss_reports_and_the_gradient_norm() -> None:
+    series = {f"train/{name}": [(0, 1.0), (1, -2.0)] for name in ("loss", "entropy", "q", "lr", "grad_norm", "mfu")}
+    panels = {axes.get_title(): axes for axes in curves(series, "a run", ["q"]).axes}
+    lines = {title: [line.get_label() for line in axes.lines] for title, axes in panels.items()}
+    assert lines["Reported by the loss"] == ["entropy"]
+    assert lines["Schedules"] == ["q"]
+    assert lines["Gradient norm before clipping"] == ["gradient norm"]
+    assert panels["Reported by the loss"].get_ylim()[0] < -2, "what is below 0 is shown"
