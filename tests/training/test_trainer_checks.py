@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 
 from distillkit import DistillData, DistillModule, Student
 from distillkit.errors import ConfigError, DataError
-from distillkit.losses import CrossEntropy, ForwardKL
+from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL
 from distillkit.teachers import TransformersTeacher
 from helpers.runs import QUIET, MemoryLogger, save_models, write_prompts
 
@@ -160,4 +160,7 @@ def test_a_metric_of_the_datas_answers_needs_them(monitor: str, tmp_path: Path) 
     trainer = lightning.Trainer(**QUIET, callbacks=[EarlyStopping(monitor)], default_root_dir=tmp_path, max_epochs=1)
     model = DistillModule(Student(student), ForwardKL(), TransformersTeacher(teacher, dtype="float32"))
     with pytest.raises(ConfigError, match=rf"EarlyStopping monitors {monitor}, which needs responses in data\.val"):
+        trainer.fit(model, DistillData(train, held_out))
+    model.loss = DistiLLM2()
+    with pytest.raises(ConfigError, match=rf"monitors {monitor}, which needs (a loss that|responses in data)"):
         trainer.fit(model, DistillData(train, held_out))

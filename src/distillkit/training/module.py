@@ -177,7 +177,8 @@ class DistillModule(Part, PortableModule):
             check_schedule(self.optimizer, self.lr_schedule)
         prompts = run_prompts(self.trainer)
         if stage == "fit":
-            check_gold_monitors(self.trainer, prompts.get("val", Prompts(())), self.same_vocab_teacher is not None)
+            has_teacher = self.same_vocab_teacher is not None
+            check_gold_monitors(self.trainer, prompts.get("val", Prompts(())), has_teacher, self._has_held_out_loss)
         if self.same_vocab_teacher is not None:
             teacher = self.same_vocab_teacher.tokenizer()
             names = self.student_spec.source, self.same_vocab_teacher.display_name
@@ -260,10 +261,8 @@ class DistillModule(Part, PortableModule):
         teacher = self.same_vocab_teacher
         curator = DatasetCurator() if teacher is None else TeacherCurator(self.answers)
         references = list(curator.curate(prompts, self.writers.generators))
-        groups = [
-            [row, *([] if teacher is None else gold_rows(prompt))]
-            for row, prompt in zip(references, prompts, strict=True)
-        ]
+        pairs = zip(references, prompts, strict=True)
+        groups = [[row, *([] if teacher is None else gold_rows(prompt))] for row, prompt in pairs]
         rows = [row for group in groups for row in group]
         tokens.check_tokens(self._unshared, rows)
         if teacher is not None:
@@ -365,11 +364,14 @@ class DistillModule(Part, PortableModule):
         """Says so if nothing has exported the student."""
         log_missing_export(self.trainer)
 
+    @property
+    def _has_held_out_loss(self) -> bool:
+        return not self.loss.contrasts_sides and (self.same_vocab_teacher is not None or not self.loss.needs_teacher)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the held-out metrics."""
-        has_teacher = self.same_vocab_teacher is not None
-        is_row_wise = not self.loss.contrasts_sides and (has_teacher or not self.loss.needs_teacher)
-        self.held_out.update(*self.score(batch, has_teacher), batch, self.loss if is_row_wise else None)
+        scores = self.score(batch, self.same_vocab_teacher is not None)
+        self.held_out.update(*scores, batch, self.loss if self._has_held_out_loss else None)
 
     def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out metrics."""

@@ -100,24 +100,29 @@ def check_trainer(trainer: Trainer, metrics: Collection[str]) -> None:
             _check_monitor(callback, monitor.removeprefix("val/"), metrics, trainer)
 
 
-def check_gold_monitors(trainer: Trainer, prompts: Prompts, has_teacher: bool) -> None:
-    """Refuses a callback that monitors a metric of the data's own held-out answers where there are none.
+def check_gold_monitors(trainer: Trainer, prompts: Prompts, has_teacher: bool, has_loss: bool) -> None:
+    """Refuses a callback that monitors a metric of the data's own held-out answers where there will be none.
 
     Args:
         trainer: The trainer.
         prompts: The held-out prompts.
         has_teacher: Whether there is a teacher with the student's tokenizer, which answers every prompt.
+        has_loss: Whether the loss can be taken on single responses, and its teacher has the student's tokenizer.
     """
-    names = GOLD_NAMES if has_teacher else [name for name in GOLD_NAMES if name != "loss"]
-    if has_teacher and any(prompt.reference_ids for prompt in prompts):
-        return
+    needed = "responses in data.val" if has_teacher else "a teacher with the student's tokenizer"
+    has_gold = has_teacher and any(prompt.reference_ids for prompt in prompts)
+    missing = {} if has_gold else dict.fromkeys(("gold_nll", "gold_rouge_l"), needed)
+    if not has_loss:
+        missing["loss"] = "a loss that compares models on each response by itself"
+    elif has_teacher and not has_gold:
+        missing["loss"] = needed
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it through a connector
         monitor = str(getattr(callback, "monitor", None))
-        if trainer.state.fn == "fit" and monitor.removeprefix("val/") in names and monitor.startswith("val/"):
-            reason = "responses in data.val" if has_teacher else "a teacher with the student's tokenizer"
+        reason = missing.get(monitor.removeprefix("val/")) if monitor.startswith("val/") else None
+        if reason is not None:
             raise ConfigError(
                 f"trainer.callbacks: {type(callback).__name__} monitors {monitor}, which needs {reason}. "
-                "Monitor val/kl or val/nll instead, or add them."
+                "Monitor another metric, such as val/nll."
             )
 
 
