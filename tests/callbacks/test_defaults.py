@@ -71,7 +71,7 @@ def test_callbacks_of_ones_own_stay_as_they_are(folder: Path, tmp_path: Path) ->
 
 
 def test_a_run_without_an_export_says_so(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "distillkit"):
+    with caplog.at_level(logging.INFO, "distillkit"):
         trainer = fit(folder, tmp_path, export=False)
     assert kinds(trainer) == [FiniteLoss, RunCheckpoint]
     assert "No student folder was written: `distillkit export` writes one from" in caplog.text
@@ -79,7 +79,7 @@ def test_a_run_without_an_export_says_so(folder: Path, tmp_path: Path, caplog: p
 
 
 def test_a_run_that_saves_nothing_says_so(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "distillkit"):
+    with caplog.at_level(logging.INFO, "distillkit"):
         trainer = fit(folder, tmp_path, enable_checkpointing=False)
     assert kinds(trainer) == [FiniteLoss]
     assert "Neither a student folder nor a checkpoint was written" in caplog.text

@@ -63,9 +63,9 @@ def log_missing_export(trainer: Trainer) -> None:
         return
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if path:
-        _log.warning("No student folder was written: `distillkit export` writes one from %s.", path)
+        _log.info("No student folder was written: `distillkit export` writes one from %s.", path)
     else:
-        _log.warning(
+        _log.info(
             "Neither a student folder nor a checkpoint was written: the student is gone with this process. A run "
             "exports it unless enable_checkpointing or model.export is false."
         )
