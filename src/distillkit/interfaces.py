@@ -101,7 +101,7 @@ class Loss(Part, nn.Module, ABC):
 
     contrasts_sides: ClassVar[bool] = False
     """True if the student's own responses are treated differently from all others (`losses.side_of`): a run whose
-    curator has none of either side is warned of."""
+    curator has none of either side is warned of, and no `val/loss` is taken on the data's held-out answers."""
 
     compares_tokens: ClassVar[bool] = True
     """False if the two models may have different tokenizers: the loss does not compare probabilities token by token."""

@@ -1,6 +1,7 @@
 """Files of a run: the single definition of every file name, and a reader for the logged metrics."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = [
@@ -71,6 +72,9 @@ FITTED = "fitted.json"
 FAILED = "failed.json"
 """Marks a failed run and holds its error."""
 
+RUN_VALUES = frozenset({"loss", "grad_norm", "tokens_per_s", "body_tokens_per_s", "mfu", "peak_memory_gb"})
+"""Values that every run logs in its steps, after `train/`, besides learning rates and what it has spent."""
+
 Series = dict[str, list[tuple[int, float]]]
 """Logged metrics: name to (step, value)."""
 
@@ -83,6 +87,18 @@ def last_checkpoint(run: Path) -> Path:
 def metrics_file(run: Path) -> Path:
     """The path of a run's `evaluation.json`."""
     return run / EVALUATION / METRICS
+
+
+def reported_names(series: Series, schedules: Iterable[str]) -> list[str]:
+    """The names, after `train/`, of what a loss or a callback reports besides the values that every run logs.
+
+    Args:
+        series: The logged metrics of a run.
+        schedules: Names of its schedules, which are shown on their own, with the smallest and the largest of a step.
+    """
+    names = [name.removeprefix("train/") for name in series if name.startswith("train/")]
+    shown = {f"{name}{end}" for name in schedules for end in ("", "_min", "_max")} | RUN_VALUES
+    return [name for name in names if name not in shown and name.partition("/")[0] != "lr" and name[:6] != "spent_"]
 
 
 def read_metrics(run: Path) -> Series:

@@ -103,7 +103,7 @@ def test_schedules_and_learning_rate_run_to_its_end(folder: Path, tmp_path: Path
     budget = int(1.6 * epoch_tokens(folder, tmp_path))
     module, watch, _ = fit(folder, tmp_path, Budget(budget))
     spent = [sum(watch.tokens[:step]) / budget for step in range(len(watch.tokens))]
-    assert watch.rates == pytest.approx([1e-3 * (1 - share) for share in spent])
+    assert watch.rates == pytest.approx([2e-5 * (1 - share) for share in spent])
     assert float(module.loss.share.value) == pytest.approx(0.5)
 
 
@@ -118,7 +118,7 @@ def test_seconds_end_it_too(folder: Path, tmp_path: Path) -> None:
 
 def test_so_do_steps_and_the_last_is_validated_in_the_middle_of_an_epoch(folder: Path, tmp_path: Path) -> None:
     _, watch, _ = fit(folder, tmp_path, Budget(steps=4), CrossEntropy())
-    assert watch.rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert watch.rates == pytest.approx([2e-5, 1.5e-5, 1e-5, 0.5e-5])
     assert watch.validated == [3, 4]
 
 

@@ -64,6 +64,17 @@ def test_info_says_who_wrote_how_much(folder: Path, capsys: pytest.CaptureFixtur
     assert lines[3].endswith("; the messages of 3 prompts")
 
 
+@pytest.mark.parametrize("columns", [80, 140])
+def test_info_fits_the_terminal(
+    columns: int, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = said(capsys, "info", folder)
+    assert max(map(len, lines)) <= columns
+    assert ("SAMPLING" in lines[0]) == (columns == 140)
+    assert any("seed" in line for line in lines)
+
+
 def test_info_as_json_has_the_whole_provenance(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads("\n".join(said(capsys, "info", folder, "--json")))
     student, teacher = found["provenances"]

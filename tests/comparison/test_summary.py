@@ -143,7 +143,8 @@ def test_the_student_that_all_begin_with_has_a_row() -> None:
     found = three()
     assert found["start"] == {"kl": 7.0}
     assert "| *before training* | 7.000 |  |  |" in markdown.markdown(found)
-    assert "<i>before training</i></td><td>7.000</td><td></td>" in page.page(found, {}, {})
+    row = r'<i>before training</i></td><td data-label="KL\(p‖q\) ↓">7\.000</td><td data-label="[^"]*"></td>'
+    assert re.search(row, page.page(found, {}, {}))
     other = replace(outcome("b", 0, 2.0), series={"val/kl": [(0, 6.0)]})
     assert summarise([outcome("a", 0, 2.0), other], "a", ABOUT)["start"] == {}, "they begin with different ones"
 
@@ -162,14 +163,14 @@ def test_costs_are_means_over_seeds() -> None:
 
 def test_the_page_needs_nothing_from_elsewhere_and_says_text_as_text() -> None:
     found = three()
-    pictures = {"Learning curves": plots.learning_curves([outcome("a", 0, 2.0)]), "Nothing": ""}
+    pictures = {"Learning curves": plots.learning_curves([outcome("a", 0, 2.0)]), "Nothing": plots.Picture()}
     html = page.page(found, pictures, {"a": "model: {x: <y>}"})
     assert not re.search(r'(src|href)="(?!data:)', html)
     assert "<script" not in html
     assert "&lt;b&gt;Question&lt;/b&gt;" in html
     assert "<b>Question" not in html
     assert "A &amp; B" in html
-    assert html.count("data:image/svg+xml;base64,") == 1
+    assert html.count("data:image/svg+xml;base64,") == 4, "steps, tokens, seconds, and the legend"
     assert "b says 0" in html
     assert "model: {x: &lt;y&gt;}" in html
 
@@ -184,10 +185,39 @@ def test_the_text_has_whole_rows() -> None:
 
 
 def test_the_legend_names_each_method_once() -> None:
-    svg = plots.learning_curves([outcome(name, seed, 2.0) for name in "ab" for seed in (0, 1)])
-    assert len(re.findall(r">\s*a\s*</text>", svg)) == 1
-    assert len(re.findall(r">\s*β\s*</text>", plots.schedule_curves([outcome("a", 0, 2.0)]))) == 1
-    assert plots.schedule_curves([Outcome("a", 0, "unfinished")]) == ""
+    *panels, legend = plots.learning_curves([outcome(name, seed, 2.0) for name in "ab" for seed in (0, 1)]).panels
+    assert len(re.findall(r">\s*a\s*</text>", legend)) == 1
+    assert not any(re.search(r">\s*a\s*</text>", panel) for panel in panels)
+    (panel, _) = plots.schedule_curves([outcome("a", 0, 2.0)]).panels
+    assert len(re.findall(r">\s*β\s*</text>", panel)) == 1
+    assert plots.schedule_curves([Outcome("a", 0, "unfinished")]).panels == ()
+
+
+def test_a_method_is_one_line_in_a_band_over_its_seeds() -> None:
+    runs = [outcome("a", seed, kl) for seed, kl in ((0, 1.0), (1, 2.0), (2, 6.0))]
+    assert plots._band(runs, "a", "val/kl", 0) == [(0, 7.0, 7.0, 7.0), (2, 3.0, 1.0, 6.0)]
+    assert plots._band(runs, "a", "val/kl", 1)[1] == (210.0, 3.0, 1.0, 6.0), "against tokens"
+    assert plots._band(runs[:1], "a", "val/kl", 0)[1] == (2, 1.0, 1.0, 1.0), "the band of one seed has no width"
+
+
+def test_what_a_loss_reports_has_a_panel_by_itself() -> None:
+    run = outcome("a", 0, 2.0)
+    series = run.series | {"train/entropy": [(0, 0.5), (1, 0.4)], "train/lr": [(0, 0.1)], "train/grad_norm": [(0, 1.0)]}
+    panel, _ = plots.reported_curves([replace(run, series=series)]).panels
+    assert re.search(r">\s*entropy\s*</text>", panel)
+    assert plots.reported_curves([run]).panels == ()
+
+
+def test_a_conversation_is_shown_from_its_start() -> None:
+    turns = [{"role": "user", "content": "Who <wrote> it?\x07"}, {"role": "assistant", "content": "She did."}]
+    run = outcome("a", 0, 2.0)
+    run.answers[:] = [row | {"earlier": turns, "gold": "No."} for row in run.answers]
+    found = summarise([run], "a", ABOUT)
+    html, text = page.page(found, {}, {}), markdown.markdown(found)
+    assert "<b>user</b> Who &lt;wrote&gt; it?\\x07" in html
+    assert html.index("Who &lt;wrote&gt; it?") < html.index("She did.") < html.index("<td>No.</td>")
+    assert "assistant: She did." in text
+    assert "| *the data's answer* | No. |" in text
 
 
 def test_numbers_are_whole_in_json() -> None:

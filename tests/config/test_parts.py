@@ -165,7 +165,7 @@ def test_parts_of_a_package_train_by_their_short_names_and_its_schedule_is_logge
     assert json.loads((run / "schedules.json").read_text()) == ["q"]
     panel = curves(series, "a run", ["q"]).axes[-1]
     assert [line.get_label() for line in panel.lines] == ["q"]
-    svg = plots.schedule_curves([outcome.read(run, "scaled", 0)])
+    svg, _ = plots.schedule_curves([outcome.read(run, "scaled", 0)]).panels
     assert ">q</text>" in svg.replace(" ", "").replace("\n", "")
     saved = yaml.safe_load((run / "config.yaml").read_text())["model"]
     assert saved["loss"]["init_args"]["q"]["class_path"] == "foreign_parts.Halving"

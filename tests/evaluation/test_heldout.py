@@ -10,6 +10,7 @@ from distillkit.errors import ConfigError
 from distillkit.evaluation import heldout
 from distillkit.evaluation.heldout import Answer, HeldOut
 from distillkit.interfaces import Generator
+from distillkit.losses import CrossEntropy, ForwardKL
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling, Scores
 from distillkit.verifiers.length import TargetLength
 from helpers.gloo import run_ranks
@@ -177,6 +178,7 @@ import torch
 from distillkit.data.collate import collate
 from distillkit.evaluation.heldout import HeldOut
 from distillkit.interfaces import Generator
+from distillkit.losses import CrossEntropy, ForwardKL
 from distillkit.types import Prompt, Prompts, Response, Row, Sampling, Scores
 
 class Same(Generator):
@@ -196,3 +198,73 @@ found = {name: float(value) for name, value in held_out.compute().items()}
     assert first == second
     expected = {"kl": 0.5 * math.log(4 / 3), "nll": -math.log(0.75), "acceptance": 0.75, "rouge_l": 200 / 3}
     assert first == pytest.approx(expected, rel=1e-6)
+
+
+def gold_batch():
+    """Three prompts with a reference of the teacher's each; the first and the last have an answer of the data too."""
+    groups = [(("teacher", 5), ("dataset", 3)), (("teacher", 2),), (("teacher", 4), ("dataset", 1))]
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        Row((0, *torch.randint(VOCAB, (n,), generator=generator).tolist()), (False, *[True] * n), writer, f"p{i}")
+        for i, group in enumerate(groups)
+        for writer, n in group
+    ]
+    logits = [3.0 * torch.randn(15, VOCAB, generator=generator) for _ in range(2)]
+    return collate(rows, pad_id=0), *logits
+
+
+REFERENCE, GOLD = [*range(5), 8, 9, *range(10, 14)], [5, 6, 7, 14]
+"""Positions of the teacher's responses and of the data's answers."""
+
+
+def with_gold():
+    """Held-out metrics after `gold_batch` and the answers to its prompts."""
+    held_out = HeldOut()
+    held_out.expect_gold(True)
+    batch, teacher, student = gold_batch()
+    held_out.update(Scores.from_logits(student), Scores.from_logits(teacher), batch, ForwardKL())
+    golds = ["yes", None, "no way"]
+    prompts = [replace(prompt, reference=gold) for prompt, gold in zip(questions(3), golds, strict=True)]
+    held_out.answer(Scripted("yes", "no", "no"), Prompts(tuple(prompts)), ["no", "no", "no"], Sampling())
+    return held_out
+
+
+def test_the_datas_answers_are_measured_beside_the_teachers():
+    batch, teacher, student = gold_batch()
+    found = {name: float(value) for name, value in with_gold().compute().items()}
+    reference = (replace(batch, targets=batch.targets[REFERENCE]), teacher[REFERENCE], student[REFERENCE])
+    gold = by_hand([(replace(batch, targets=batch.targets[GOLD]), teacher[GOLD], student[GOLD])])
+    assert {name: found[name] for name in ("kl", "nll", "acceptance")} == pytest.approx(by_hand([reference]), rel=1e-5)
+    assert found["gold_nll"] == pytest.approx(gold["nll"], rel=1e-5)
+    assert found["rouge_l"] == pytest.approx(200 / 3)
+    assert found["gold_rouge_l"] == pytest.approx((100 + 200 / 3) / 2), "one of two prompts, and two of three words"
+    first, last = (
+        by_hand([(replace(batch, targets=batch.targets[part]), teacher[part], student[part])])
+        for part in (GOLD[:3], GOLD[3:])
+    )
+    assert found["loss"] == pytest.approx((first["kl"] + last["kl"]) / 2, rel=1e-5), "a mean over the two answers"
+
+
+def test_each_prompt_has_the_metrics_of_the_datas_answer():
+    rows = with_gold().table
+    assert [(row.gold, row.gold_positions, row.positions) for row in rows] == [
+        ("yes", 3, 5),
+        ("", 0, 2),
+        ("no way", 1, 4),
+    ]
+    assert ["gold_nll" in row.metrics for row in rows] == [True, False, True]
+    assert [row.metrics.get("gold_rouge_l") for row in rows] == [100.0, None, pytest.approx(200 / 3)]
+
+
+def test_a_loss_that_counts_no_answer_of_the_data_has_no_value():
+    class StudentOnly(CrossEntropy):
+        def units(self, batch):
+            return torch.zeros((), dtype=torch.float64)
+
+    batch, _, student = some_batch((4, 3))
+    held_out = HeldOut()
+    held_out.update(Scores.from_logits(student), None, batch, StudentOnly())
+    assert "loss" not in held_out.compute()
+    held_out.update(Scores.from_logits(student), None, batch, CrossEntropy(reduction="token_mean"))
+    metrics = held_out.compute()
+    assert float(metrics["loss"]) == pytest.approx(float(metrics["nll"]), rel=1e-6)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from distillkit import DistillData, DistillModule, Sampling
 from distillkit.callbacks import throughput
 from distillkit.callbacks.budget import Budget
+from distillkit.callbacks.finite import FiniteLoss
 from distillkit.callbacks.throughput import Throughput
 from distillkit.curators.paired import PairedCurator
 from distillkit.curators.single import DatasetCurator, StudentCurator, TeacherCurator
@@ -91,6 +92,7 @@ def fit(
     val = write_prompts(folder / "val.jsonl", 3)
     logger, strategy = MemoryLogger(), SingleDeviceStrategy(device, accelerator=SimAccelerator())
     settings = {"log_every_n_steps": 1, "max_steps": 4, "max_epochs": -1, "enable_checkpointing": False} | settings
+    settings["callbacks"] = [*settings.get("callbacks", ()), Unchecked()]
     trainer = Trainer(
         default_root_dir=folder,
         logger=logger,
@@ -101,6 +103,13 @@ def fit(
     )
     trainer.fit(module, DistillData(train, val=val, batch_size=2, layout=layout), ckpt_path=ckpt_path)
     return module, logger
+
+
+class Unchecked(FiniteLoss):
+    """Takes the place of the check that every run has, for which the host waits once per step."""
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """Looks at nothing."""
 
 
 class DroppingStudent(Student):

@@ -1,9 +1,11 @@
+import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from distillkit.errors import ConfigError
+from distillkit.errors import ConfigError, PluginError
 from distillkit.losses import (
     CrossEntropy,
     ForwardKL,
@@ -16,13 +18,14 @@ from distillkit.losses import (
     TotalVariation,
 )
 from distillkit.testing import make_batch
-from distillkit.types import Scores
+from distillkit.types import Scores, Slicing
 
 # Two tokens: |p − q| of the first is the total variation distance. Rows of 3, 0 and 1 positions.
 P_FIRST = [0.50, 0.25, 0.75, 0.125]
 Q_FIRST = [0.25, 0.50, 0.25, 0.625]
 #          0.25  0.25  0.50  0.50    row means 1/3, none, 1/2
 BATCH = make_batch((3, 0, 1), ("teacher",) * 3, (0, 1, 2), vocab=2)
+BATCH_OF_FIVE = make_batch((3, 0, 1), ("teacher",) * 3, (0, 1, 2), vocab=5)
 
 
 def scores(first):
@@ -163,3 +166,68 @@ def test_refuses_a_setting_outside_its_range(make, message):
 def test_accepts_the_ends_that_are_in_range():
     assert SkewKL(alpha=0).alpha == SkewReverseKL(alpha=0).alpha == JeffreysKL(weight=0).weight == 0
     assert JeffreysKL(weight=1).weight == 1
+
+
+class Reporting(ForwardKL):
+    """A divergence that also reports the student's entropy and the mass of its likeliest token."""
+
+    def metrics(self, logp, logq):
+        return {"entropy": -(logq.exp() * logq).sum(-1), "top": logq.exp().amax(-1)}
+
+
+class ReportingByAutograd(Reporting):
+    """The same without its closed form."""
+
+    def divergence(self, logp, logq):
+        return super().divergence(logp, logq)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+@pytest.mark.parametrize("loss", [Reporting(), ReportingByAutograd()])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_reports_metrics_of_each_position_slice_by_slice(loss, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((4, 5), generator=generator)
+    slicing = Slicing(max_positions=3, compile=compiled)
+    student = replace(Scores.from_logits(logits.clone().requires_grad_()), slicing=slicing)
+    output = loss(student, Scores.from_logits(torch.randn((4, 5), generator=generator)), BATCH_OF_FIVE)
+    probabilities = logits.softmax(-1)
+    assert output.metrics["entropy"].tolist() == pytest.approx(
+        torch.distributions.Categorical(probabilities).entropy().tolist()
+    )
+    assert output.metrics["top"].tolist() == pytest.approx(probabilities.amax(-1).tolist())
+    plain = ForwardKL()(Scores.from_logits(logits), Scores.from_logits(logits.flip(0)), BATCH_OF_FIVE)
+    assert set(plain.metrics) == {"divergence"}
+
+
+def test_a_reporting_loss_has_the_value_and_the_gradient_of_one_that_reports_nothing():
+    teacher = Scores.from_logits(torch.randn(4, 5))
+    logits = torch.randn(4, 5)
+    outputs = []
+    for loss in (ForwardKL(temperature=2.0), Reporting(temperature=2.0), ReportingByAutograd(temperature=2.0)):
+        leaf = logits.clone().requires_grad_()
+        total = loss(Scores.from_logits(leaf), teacher, BATCH_OF_FIVE).total
+        total.backward()
+        outputs.append((total.detach(), leaf.grad))
+    for total, grad in outputs[1:]:
+        torch.testing.assert_close(total, outputs[0][0])
+        torch.testing.assert_close(grad, outputs[0][1])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"mean": lambda logq: logq.mean()}, r"one value per position, `\[n\]`: 'mean' has the shape \[\]"),
+        ({"whole": lambda logq: logq}, r"'whole' has the shape"),
+        ({"divergence": lambda logq: logq.sum(-1)}, r"can't have the name 'divergence'"),
+    ],
+)
+def test_metrics_that_are_not_one_value_per_position_are_named(metrics, words):
+    class Wrong(ForwardKL):
+        def metrics(self, logp, logq):
+            return {name: metric(logq) for name, metric in metrics.items()}
+
+    with pytest.raises(PluginError, match=words):
+        Wrong()(scores(Q_FIRST), scores(P_FIRST), BATCH)

@@ -51,7 +51,7 @@ class Rows:
         )
 
     def reference_rows(self, prompts):
-        return [Row((7, 8), (False, True), "teacher", prompt.id) for prompt in prompts]
+        return [[Row((7, 8), (False, True), "teacher", prompt.id)] for prompt in prompts]
 
 
 def attached(data, rank=0, world=1, accumulate=1, teacher=None, curator=None, tokenizer=TOKENIZER, stage="fit"):

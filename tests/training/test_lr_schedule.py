@@ -78,8 +78,7 @@ def test_a_scheduler_takes_a_step_with_each_of_the_optimizer(
 def test_a_resumed_scheduler_goes_on(folder: Path, tmp_path: Path) -> None:
     schedule = functools.partial(StepLR, step_size=1, gamma=0.5)
     assert fit(folder, tmp_path, epochs=1, lr_schedule=schedule) == [1, 0.5]
-    with pytest.warns(UserWarning, match="exists and is not empty"):
-        assert fit(folder, tmp_path, ckpt_path="last", lr_schedule=schedule) == [0.25, 0.125]
+    assert fit(folder, tmp_path, ckpt_path="last", lr_schedule=schedule) == [0.25, 0.125]
 
 
 def test_a_scheduler_that_needs_momentum_is_tried_with_the_run_s_optimizer(folder: Path, tmp_path: Path) -> None:

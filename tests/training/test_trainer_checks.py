@@ -26,7 +26,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 
 from distillkit import DistillData, DistillModule, Student
 from distillkit.errors import ConfigError, DataError
-from distillkit.losses import CrossEntropy
+from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL
+from distillkit.teachers import TransformersTeacher
 from helpers.runs import QUIET, MemoryLogger, save_models, write_prompts
 
 REFUSED = {
@@ -114,7 +115,7 @@ def test_a_metric_that_there_will_not_be_is_refused_before_training(kind: Any, t
 @pytest.mark.parametrize(
     ("monitor", "mode", "words"),
     [
-        ("val/loss", "min", r"monitors val/loss\. A run logs val/nll, val/rouge_l; another metric must be logged by"),
+        ("val/other", "min", r"monitors val/other\. A run logs val/nll, val/rouge_l; another metric must be logged by"),
         ("val/rouge_l", "min", r"takes the min of val/rouge_l for the best, and a larger one is better"),
         ("val/nll", "max", r"takes the max of val/nll for the best, and a smaller one is better"),
         ("val/nll", "min", r"^$"),
@@ -149,3 +150,17 @@ def test_callbacks_that_watch_work_together(tmp_path: Path) -> None:
     assert (tmp_path / "best" / "best.ckpt").exists()
     assert float(watching[3].best_model_score) == pytest.approx(min(row["val/nll"] for row in model.history[1:]))
     assert len(trainer.logger.column("lr-SGD")) == 4
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "val/gold_nll"])
+def test_a_metric_of_the_datas_answers_needs_them(monitor: str, tmp_path: Path) -> None:
+    teacher, student = save_models(tmp_path)
+    train = write_prompts(tmp_path / "train.jsonl", 2, response=True)
+    held_out = write_prompts(tmp_path / "val.jsonl", 2)
+    trainer = lightning.Trainer(**QUIET, callbacks=[EarlyStopping(monitor)], default_root_dir=tmp_path, max_epochs=1)
+    model = DistillModule(Student(student), ForwardKL(), TransformersTeacher(teacher, dtype="float32"))
+    with pytest.raises(ConfigError, match=rf"EarlyStopping monitors {monitor}, which needs responses in data\.val"):
+        trainer.fit(model, DistillData(train, held_out))
+    model.loss = DistiLLM2()
+    with pytest.raises(ConfigError, match=rf"monitors {monitor}, which needs (a loss that|responses in data)"):
+        trainer.fit(model, DistillData(train, held_out))

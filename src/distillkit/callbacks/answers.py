@@ -16,7 +16,7 @@ from distillkit.run_folder import ANSWERS
 from distillkit.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 
 _IN_TRAINING = 2
@@ -37,7 +37,7 @@ class Answers(Callback):
         self.shown = shown
         self._last_step: int | None = None
 
-    def on_validation_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Prints and writes the answers of the validation."""
         rows, history = pl_module.held_out.table, pl_module.history
         if not trainer.is_global_zero or not rows or not history:
@@ -59,7 +59,7 @@ class Answers(Callback):
 
     on_test_end = on_validation_end  # type: ignore[assignment]
 
-    def on_fit_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Prints the reference of a few prompts, and the student's answer before and after training."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -19,7 +19,7 @@ from distillkit.storage.atomic import write_atomically
 from distillkit.types import Batch
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Budget(Callback):
         self._distinct: Counter[str] = Counter()
         self._run = ""
 
-    def setup(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: "RunModule", stage: str) -> None:
         """Sets the length of the run to that of the budget."""
         if stage != "fit" or not self.has_limit:
             return
@@ -98,21 +98,21 @@ class Budget(Callback):
         assert self.seconds is not None
         return min((self.step_seconds + self.curation_seconds) / self.seconds, 1.0)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Lets the response store count what this run generates, which a killed process can't do at its end."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it through a connector
             return
         self._run = trainer.strategy.broadcast(_run_name(trainer))
         pl_module.writers.store.count_for(self._run)
 
-    def on_train_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Stops a resumed run that has no budget left, and sets up the count of the teacher's tokens."""
         if self.has_limit and self._fraction_spent(trainer.global_step) >= 1.0:
             trainer.should_stop = True
         teacher = pl_module.teacher if pl_module.loss.needs_teacher else None
         self._teacher = None if teacher is None else model_flops(teacher.scoring_module, trained=False)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: "DistillModule", batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: "RunModule", batch: Batch, batch_idx: int) -> None:
         """Counts a micro-batch, before its step moves the schedules."""
         tokens = batch.num_tokens  # on the host: a single rank must not wait for its device
         if trainer.world_size > 1:
@@ -129,7 +129,7 @@ class Budget(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: "DistillModule", outputs: object, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: "RunModule", outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Stops the clock, logs the totals, and ends the run if the budget is spent."""
         if self.seconds is not None:
@@ -143,14 +143,14 @@ class Budget(Callback):
             is_spent = self._fraction_spent(trainer.global_step) >= 1.0
             trainer.should_stop = trainer.should_stop or trainer.strategy.reduce_boolean_decision(is_spent, all=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Writes `usage.json`, unless it is a run with `fast_dev_run`."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # as above
             path = Path(trainer.default_root_dir) / USAGE
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(self.usage(pl_module), indent=2) + "\n")
 
-    def usage(self, module: "DistillModule") -> dict[str, object]:
+    def usage(self, module: "RunModule") -> dict[str, object]:
         """The cost of the run so far: `written_tokens` of all ranks, `teacher_` and `distinct_tokens` of this one."""
         return {
             "spent_tokens": self.spent_tokens,
@@ -161,12 +161,12 @@ class Budget(Callback):
             "written_tokens": dict(self._generated(module)),
         }
 
-    def _generated(self, module: "DistillModule") -> Counter[str]:
+    def _generated(self, module: "RunModule") -> Counter[str]:
         """Generated tokens by writer, also those of processes of this run that were killed."""
         earlier = self._resumed.generated if self._resumed.run != self._run else Counter()
         return earlier + module.writers.store.tokens_of(self._run)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: "DistillModule", checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: "RunModule", checkpoint: dict[str, Any]) -> None:
         """Saves the totals here, since `state_dict` has no access to the module."""
         checkpoint["distillkit_budget"] = {
             "spent_tokens": self.spent_tokens,
@@ -179,7 +179,7 @@ class Budget(Callback):
             "seen": {writer: b"".join(sorted(keys)) for writer, keys in self._row_keys.items()},
         }
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: "DistillModule", checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: "RunModule", checkpoint: dict[str, Any]) -> None:
         """Restores the totals of a resumed run."""
         saved = checkpoint.get("distillkit_budget")
         if saved is None:

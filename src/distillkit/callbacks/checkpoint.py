@@ -1,9 +1,10 @@
 """Checkpoints in the run's folder."""
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from distillkit.devices import stopping
@@ -14,9 +15,6 @@ from distillkit.storage.atomic import remove_unfinished
 from distillkit.storage.checkpoint_files import SUFFIX, newest_whole
 from distillkit.storage.checkpoint_io import use_atomic_checkpoints
 from distillkit.storage.locks import FolderLock
-
-if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -54,7 +52,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._every_n_steps = every_n_steps
         self._lock: FolderLock | None = None
 
-    def setup(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder to the run's, and locks it for training.
 
         Raises:
@@ -69,9 +67,11 @@ class RunCheckpoint(ModelCheckpoint):
         # Lightning asks the first of them for the `best` checkpoint, and for this callback that is the newest.
         other_callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*other_callbacks, self]  # type: ignore[attr-defined]  # Lightning sets it through a connector
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # a folder with earlier checkpoints is the rule, not a reason to warn
+            warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
 
-    def teardown(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Frees the run's folder."""
         self._unlock()
 
@@ -94,7 +94,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         stopping.check()
 
-    def on_exception(self, trainer: Trainer, pl_module: "DistillModule", exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves a checkpoint if a signal came between two steps, as while responses are generated; frees the folder."""
         if isinstance(exception, StopRequested) and trainer.world_size == 1 and trainer.training:
             progress = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -103,7 +103,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._unlock()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves a checkpoint if due.
 
         Raises:
@@ -115,7 +115,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         stopping.check()
 
-    def on_train_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last checkpoint, so that the final metrics belong to the newest checkpoint."""
         self._save(trainer)
 

@@ -19,7 +19,7 @@ from distillkit.run_folder import CURVES, EXPORT, read_metrics
 from distillkit.types import Tokenizer
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Export(Callback):
             raise ConfigError("Export.dtype is that of a merged model: leave it out, or set adapter_only to false.")
         self.folder, self.dtype, self.adapter_only = folder, dtype, adapter_only
 
-    def setup(self, trainer: Trainer, pl_module: "DistillModule", stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: "RunModule", stage: str) -> None:
         """Checks the settings against those of the student, before any model is loaded.
 
         Raises:
@@ -63,7 +63,7 @@ class Export(Callback):
         if stage == "fit" and self.adapter_only:
             check_adapter_only(pl_module.student_spec, "Export.adapter_only")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Saves all but the weights on every rank, to find out now whether that can be done.
 
         Raises:
@@ -76,7 +76,7 @@ class Export(Callback):
             names = ", ".join(removed)
             _log.info("The generation config of %s sets %s without effect; the export does not.", student.source, names)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Exports the student on the first rank.
 
         Raises:
@@ -116,7 +116,7 @@ class Export(Callback):
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder).expanduser() if self.folder else Path(trainer.default_root_dir) / EXPORT
 
-    def _tokenizer(self, pl_module: "DistillModule") -> Tokenizer:
+    def _tokenizer(self, pl_module: "RunModule") -> Tokenizer:
         """The student's tokenizer as it is read from its source, with the run's template but without a fixed date."""
         student, teacher = pl_module.student_spec, pl_module.same_vocab_teacher
         needs_teacher = teacher is not None and student.chat_template == TEACHER

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from distillkit.errors import TrainingError
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 _log = logging.getLogger(__name__)
 
@@ -28,18 +28,17 @@ class FiniteLoss(Callback):
         self.skipped_steps = 0
         self._loss: Tensor | None = None  # of the micro-batches of the step; its sum is finite if they are
 
-    def on_before_backward(self, trainer: Trainer, pl_module: "DistillModule", loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: "RunModule", loss: Tensor) -> None:
         """Notes the loss of a micro-batch; the device is not waited for yet."""
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: "DistillModule", optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: "RunModule", optimizer: Optimizer) -> None:
         """Checks the loss of the step and its gradient.
 
         Raises:
             TrainingError: If one of them is not finite.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = pl_module.gradient_norm(optimizer)
         loss = norm.new_zeros(()) if self._loss is None else self._loss
         self._loss = None
         values = torch.stack([loss.double(), norm.double()])
@@ -65,7 +64,7 @@ class FiniteLoss(Callback):
                 trainer.global_step + 1,
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: "DistillModule", *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: "RunModule", *_: Any) -> None:
         """Logs the number of steps that were skipped, where steps may be."""
         if _skips_overflow(trainer):
             pl_module.log("train/skipped_steps", float(self.skipped_steps))

@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from lightning import Trainer
 
-from distillkit import __version__
 from distillkit.devices.seeds import resolve_seed
 from distillkit.models.options import SourceOptions
 from distillkit.models.provenance import provenance, public_name
-from distillkit.training.place import current_place
 from distillkit.types import Tokenizer
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 _NAMES = {
     "val/kl": "KL(teacher‖student), nats per token",
     "val/nll": "student's NLL of the reference responses, nats per token",
     "val/acceptance": "expected speculative acceptance, Σ min(p, q)",
     "val/rouge_l": "ROUGE-L of greedy answers against the reference responses, %",
+    "val/gold_nll": "student's NLL of the data's own answers, nats per token",
+    "val/gold_rouge_l": "ROUGE-L of greedy answers against the data's own, %",
+    "val/loss": "training loss on the data's own held-out answers",
 }
 _VERSIONS = ("torch", "transformers", "lightning")
 _NEW_TOKENIZERS = ("TokenizersBackend", "SentencePieceBackend")
@@ -61,7 +62,7 @@ class TrainedRun:
     loss_summary: str = ""
 
 
-def trained_run(module: "DistillModule", trainer: Trainer) -> TrainedRun:
+def trained_run(module: "RunModule", trainer: Trainer) -> TrainedRun:
     """The run of a trainer.
 
     Args:
@@ -75,7 +76,7 @@ def trained_run(module: "DistillModule", trainer: Trainer) -> TrainedRun:
         model=dict(module.hparams),
         data=dict(datamodule.hparams) if prompts and hasattr(datamodule, "hparams") else None,
         step=trainer.global_step,
-        epochs=current_place(trainer, validated=True).epoch,
+        epochs=module.completed_epochs,
         precision=str(trainer.precision),
         seed=resolve_seed(None),
         history=module.history,
@@ -114,7 +115,7 @@ def model_card(run: TrainedRun, folder: str, tokenizer: Tokenizer, adapter_only:
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {name}",
-        f"A language model distilled with distillkit {__version__}: {_pair(run)}.",
+        f"A language model distilled with distillkit {metadata.version('distillkit')}: {_pair(run)}.",
         f"## Use\n\n{_usage(run, folder, tokenizer, adapter_only)}",
         f"## Training\n\n{_training(run)}",
         *([run.loss_summary] if run.loss_summary else []),
@@ -213,7 +214,9 @@ def _training(run: TrainedRun) -> str:
         "prompts": _data(run),
         "training": f"{steps}, {epochs}, precision {run.precision}",
         "seeds": ", ".join(f"{name} {seed}" for name, seed in seeds.items() if seed is not None) or "not recorded",
-        "versions": ", ".join([f"distillkit {__version__}", *(f"{one} {metadata.version(one)}" for one in _VERSIONS)]),
+        "versions": ", ".join(
+            [f"distillkit {metadata.version('distillkit')}", *(f"{one} {metadata.version(one)}" for one in _VERSIONS)]
+        ),
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 

@@ -4,21 +4,30 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distillkit.run_folder import Series
+from distillkit.run_folder import Series, reported_names
 from distillkit.schedules.labels import label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANELS = {
-    "Held-out divergence, nats per token": {"val/kl": "KL(p‖q)", "val/nll": "NLL of reference responses"},
-    "Held-out agreement": {"val/acceptance": "expected acceptance", "val/rouge_l": "ROUGE-L / 100"},
-    "Training loss, nats": {"train/loss": "loss"},
+    "Held-out divergence, nats per token": {
+        "val/kl": "KL(p‖q)",
+        "val/nll": "NLL of reference responses",
+        "val/gold_nll": "NLL of the data's answers",
+    },
+    "Held-out agreement": {
+        "val/acceptance": "expected acceptance",
+        "val/rouge_l": "ROUGE-L / 100",
+        "val/gold_rouge_l": "ROUGE-L / 100, the data's answers",
+    },
+    "Gradient norm before clipping": {"train/grad_norm": "gradient norm"},
+    "Loss, nats": {"train/loss": "training", "val/loss": "the data's held-out answers"},
 }
 
 
 def draw(series: Series, path: Path, title: str, schedules: Collection[str]) -> None:
-    """Plots held-out metrics, training loss and schedules against optimizer steps into a PNG file.
+    """Plots held-out metrics, loss, schedules and what the loss reports against optimizer steps into a PNG file.
 
     Args:
         series: The logged metrics.
@@ -34,16 +43,17 @@ def curves(series: Series, title: str, schedules: Collection[str]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import, needed only when a run ends
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = {**_PANELS, "Schedules": {f"train/{name}": label(name) for name in schedules}}
-    for axes, (heading, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    named = {"Reported by the loss": reported_names(series, schedules), "Schedules": schedules}
+    panels = _PANELS | {heading: {f"train/{name}": label(name) for name in names} for heading, names in named.items()}
+    for axes, (heading, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         axes.set(title=heading, xlabel="optimizer step")
         for name, caption in names.items():
             points = series.get(name, [])
             if not points:
                 continue
-            scale = 0.01 if name == "val/rouge_l" else 1.0
+            scale = 0.01 if name.endswith("rouge_l") else 1.0
             steps, values = zip(*points, strict=True)
             few = len(points) <= 30
             axes.plot(steps, [scale * value for value in values], marker="o" if few else None, label=caption)
@@ -57,7 +67,8 @@ def curves(series: Series, title: str, schedules: Collection[str]) -> "Figure":
                         ha="left" if index == 0 else "right",
                     )
         axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
+        if axes.get_ylim()[0] >= 0:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

@@ -13,7 +13,7 @@ from distillkit.devices.streams import backend
 from distillkit.types import Batch
 
 if TYPE_CHECKING:
-    from distillkit.training.module import DistillModule
+    from distillkit.callbacks.run import RunModule
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Throughput(Callback):
         self._positions, self._tokens, self._flops = 0, 0, 0.0
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: "DistillModule") -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: "RunModule") -> None:
         """Counts the FLOPs per token, and measures the device's rate."""
         student, teacher = pl_module.student, pl_module.teacher if pl_module.loss.needs_teacher else None
         self._student = model_flops(student, trained=True)
@@ -51,12 +51,12 @@ class Throughput(Callback):
         _log.info("Multiplying two %d × %d matrices in %s reaches %.4g TFLOP/s.", width, width, name, self._rate / 1e12)
         self._start_over(trainer.global_step)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: "DistillModule", batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: "RunModule", batch: Batch, batch_idx: int) -> None:
         """Starts the clock."""
         self._marks.append((_mark(pl_module.device), None))
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: "DistillModule", outputs: object, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: "RunModule", outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Stops the clock, and logs after the last micro-batch of an interval: only then does it wait for a GPU."""
         self._marks[-1] = (self._marks[-1][0], _mark(pl_module.device))
@@ -68,7 +68,9 @@ class Throughput(Callback):
         if step != self._step and interval and step % interval == 0:
             for name, value in self._metrics(pl_module.device).items():
                 # On the host: the progress bar reads its metrics after each micro-batch.
-                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=name == "tokens_per_s")
+                pl_module.log(f"train/{name}", torch.tensor(value))
+                if name == "tokens_per_s":
+                    pl_module.log("tokens/s", torch.tensor(value), prog_bar=True, logger=False)
             self._start_over(step)
 
     def _metrics(self, device: torch.device) -> dict[str, float]:

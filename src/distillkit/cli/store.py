@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -84,17 +85,42 @@ def _info(arguments: argparse.Namespace) -> list[str]:
     prompts = len(catalog.index(PROMPTS))
     if arguments.json:
         return [json.dumps({"provenances": facts, "prompts": prompts}, indent=2, ensure_ascii=False)]
-    rows = [HEADER, *(_cells(fact) for fact in facts)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
-        lines.append("  ".join([*left, *right]).rstrip())
+    lines = _table([HEADER, *(_cells(fact) for fact in facts)], shutil.get_terminal_size((_UNLIMITED, 1)).columns)
     responses, size = (sum(fact[name] for fact in facts) for name in ("responses", "bytes"))
     held_out = sum(fact["held_out"] for fact in facts)
     notes = f" ({held_out} to held-out prompts)" if held_out else ""
     return [*lines, f"{responses} responses{notes}, {_size(size)}; the messages of {prompts} prompts"]
+
+
+_UNLIMITED = 10_000
+"""Columns of an output that is no terminal."""
+
+
+def _table(rows: Sequence[tuple[str, ...]], columns: int) -> list[str]:
+    """Lines of a table; where these are too long, model and sampling of a row are a line below it.
+
+    Args:
+        rows: The header and the rows.
+        columns: Width of the terminal.
+    """
+    lines = _aligned(rows, left=4)
+    if max(map(len, lines)) <= columns:
+        return lines
+    lines = _aligned([(row[0], *row[2:3], *row[4:]) for row in rows], left=2)
+    details = ["", *(f"  {model}: {sampling}" for _, model, _, sampling, *_ in rows[1:])]
+    return [line for pair in zip(lines, details, strict=True) for line in pair if line]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Lines of a table whose first `left` columns are aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _facts(catalog: Catalog) -> Iterator[dict[str, Any]]:

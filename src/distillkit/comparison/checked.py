@@ -40,10 +40,24 @@ def _answer_fault(answer: Mapping[str, Any]) -> str:
         if not isinstance(answer.get(name), str):
             return f"its {name} is no text"
     for name in _COUNTS:
-        value = answer.get(name)
-        if type(value) is not int or not 0 <= value < 2**63:
+        if not _is_count(answer.get(name)):
             return f"its {name} is no count"
+    if not isinstance(answer.get("gold", ""), str) or not _is_count(answer.get("gold_positions", 0)):
+        return "its gold answer is no text with a count"
+    if not _are_turns(answer.get("earlier", [])):
+        return "its earlier turns are no list of roles and texts"
     return "" if _are_metrics(answer.get("metrics")) else "its metrics are no mapping of names to numbers"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are_turns(turns: object) -> bool:
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
 
 
 def _are_metrics(metrics: object) -> bool:

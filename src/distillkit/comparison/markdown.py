@@ -3,7 +3,7 @@
 import math
 import re
 
-from distillkit.comparison.results import MethodResult, MetricResult, Results
+from distillkit.comparison.results import AnswerRow, MethodResult, MetricResult, Results
 from distillkit.comparison.statistics import COVERAGE
 from distillkit.comparison.summary import LOWER_IS_BETTER, WITHOUT_DIRECTION
 from distillkit.errors import readable
@@ -15,6 +15,8 @@ HEADINGS = {
     "nll": "NLL ↓",
     "acceptance": "acceptance ↑",
     "rouge_l": "ROUGE-L ↑",
+    "gold_nll": "NLL of the data ↓",
+    "gold_rouge_l": "ROUGE-L to the data ↑",
     "length": "length",
     "finished": "finished",
     "distinct_2": "distinct-2 ↑",
@@ -128,6 +130,11 @@ def failures(results: Results) -> list[tuple[str, int, str]]:
     return [(method["name"], seed, error) for method in results["methods"] for seed, error in method["errors"].items()]
 
 
+def references(row: AnswerRow) -> dict[str, str]:
+    """The answers that those of the methods are compared with, by name."""
+    return {"reference": row["reference"]} | ({"the data's answer": row["gold"]} if row["gold"] else {})
+
+
 def markdown(results: Results) -> str:
     """The report as one Markdown text."""
     lines = [f"# {results['title']}", "", "| | |", "| --- | --- |"]
@@ -144,8 +151,9 @@ def markdown(results: Results) -> str:
     ]
     lines += ["", results["cost_note"], "", "## Answers", ""]
     for row in results["answers"]:
+        lines += [f"{_quoted(turn['role'])}: {_quoted(turn['content'])}\n" for turn in row["earlier"]]
         lines += [f"**{_quoted(row['prompt'])}**", "", "| | |", "| --- | --- |"]
-        lines += [f"| *reference* | {_quoted(row['reference'])} |"]
+        lines += [f"| *{name}* | {_quoted(text)} |" for name, text in references(row).items()]
         lines += [f"| {name} | {_quoted(text)} |" for name, text in row["answers"].items()] + [""]
     lines += [
         "Curves and schedules are in `report.html`; every number is in `results.json`, `results.csv` and `curves.csv`.",

@@ -23,8 +23,8 @@ from distillkit.run_folder import (
 )
 from distillkit.storage.atomic import atomic_path, read_json, read_json_lines, read_json_list
 
-TEACHER_FORCED = ("kl", "nll", "acceptance")
-"""Metrics that have one value per token of the reference; a prompt's weight is its number of tokens."""
+_COUNTED = {"kl": "positions", "nll": "positions", "acceptance": "positions", "gold_nll": "gold_positions"}
+"""Metrics that have one value per token of a response; a prompt's weight is its number of tokens, under this key."""
 
 _REMEDY = "run the comparison again, which repeats what the file belongs to"
 
@@ -68,7 +68,7 @@ class Outcome:
             metrics = {"length": float(answer["tokens"]), "finished": float(answer["finish"] == "stop")}
             metrics |= answer["metrics"]
             if metric in metrics:
-                weight = answer["positions"] if metric in TEACHER_FORCED else 1.0
+                weight = answer.get(_COUNTED[metric], 0) if metric in _COUNTED else 1.0
                 values[answer["prompt_id"]] = (metrics[metric], weight)
         return values
 

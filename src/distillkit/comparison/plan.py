@@ -297,6 +297,7 @@ def _run_config(
         "enable_progress_bar": False,
         "callbacks": [part for part in callbacks if _class_name(part) not in _MANAGED_CALLBACKS] + managed,
     }
+    model["export"] = keep
     if "curator" in model:
         model["curator"] = _with_sampling(model["curator"], dict(sampling) | {"seed": seed})
     data = method.get("data", {}) | {"seed": seed}

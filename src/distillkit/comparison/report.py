@@ -77,6 +77,7 @@ def _write(plan: Plan, command: str, outcomes: Sequence[Outcome]) -> Results:
     curves = {
         "Learning curves": plots.learning_curves(outcomes),
         "Schedules": plots.schedule_curves(outcomes),
+        "Reported by the losses": plots.reported_curves(outcomes),
     }
     configs = {run.method: yaml.safe_dump(run.config, sort_keys=False) for run in reversed(plan.runs)}
     plan.out.mkdir(parents=True, exist_ok=True)

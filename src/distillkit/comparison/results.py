@@ -35,8 +35,10 @@ class MethodResult(TypedDict):
 class AnswerRow(TypedDict):
     """One held-out prompt with the answer of each method."""
 
+    earlier: list[dict[str, str]]  # turns before the prompt, each with role and content
     prompt: str
     reference: str
+    gold: str  # the data's own answer beside the teacher's; empty if there is none
     answers: dict[str, str]  # by method name
 
 

@@ -13,8 +13,11 @@ from distillkit.comparison.statistics import Difference, mean_and_deviation, pai
 SCHEMA = 1
 """Version of `results.json`."""
 
-FIRST = ("kl", "nll", "acceptance", "rouge_l")
-LOWER_IS_BETTER = ("kl", "nll")
+FIRST = ("kl", "nll", "acceptance", "rouge_l", "gold_nll", "gold_rouge_l")
+LOWER_IS_BETTER = ("kl", "nll", "gold_nll")
+INCOMPARABLE = ("loss",)
+"""Metrics that are another quantity for each method."""
+
 WITHOUT_DIRECTION = ("length", "finished")
 SHOWN_ANSWERS = 8
 """Number of prompts whose answers are shown side by side."""
@@ -33,7 +36,7 @@ def summarise(outcomes: Sequence[Outcome], baseline: str, about: About) -> Resul
         methods.setdefault(outcome.method, []).append(outcome)
     done = {name: [run for run in runs if run.status == "done"] for name, runs in methods.items()}
     logged = dict.fromkeys(name for outcome in outcomes for name in outcome.metrics)
-    names = [name for name in (*FIRST, *logged) if name in logged]
+    names = [name for name in (*FIRST, *logged) if name in logged and name not in INCOMPARABLE]
     names = list(dict.fromkeys(names))
     metrics = {name: _metric_results(name, done, baseline) for name in names}
     evaluation = next((outcome.evaluation for outcome in outcomes if outcome.evaluation), None)
@@ -135,5 +138,13 @@ def _answers(done: Mapping[str, Sequence[Outcome]]) -> list[AnswerRow]:
             for answer in answers
             if answer["prompt_id"] == prompt["prompt_id"]
         }
-        rows.append({"prompt": prompt["prompt"], "reference": prompt["reference"], "answers": by_method})
+        rows.append(
+            {
+                "earlier": prompt.get("earlier", []),
+                "prompt": prompt["prompt"],
+                "reference": prompt["reference"],
+                "gold": prompt.get("gold", ""),
+                "answers": by_method,
+            }
+        )
     return rows

@@ -12,14 +12,21 @@ from distillkit.chunked.memory import default_budget
 from distillkit.errors import ConfigError
 from distillkit.evaluation.means import Means
 from distillkit.evaluation.rouge import rouge_l
-from distillkit.interfaces import Generator, Verifier
+from distillkit.interfaces import Generator, Loss, Verifier
 from distillkit.types import Batch, Prompts, Sampling, Scores
 
 _TENSORS = 8
 """`[n, V]` tensors that are alive at once."""
 
-RESERVED_NAMES = ("kl", "nll", "acceptance", "rouge_l", "length", "finished", "positions", "step")
+GOLD_NAMES = ("gold_nll", "gold_rouge_l", "loss")
+"""Names of metrics that need the data's own held-out responses."""
+
+RESERVED_NAMES = ("kl", "nll", "acceptance", "rouge_l", *GOLD_NAMES, "length", "finished", "positions", "step")
 """Names of metrics that verifiers can't have."""
+
+
+_COUNTS = ("positions", "gold_positions")
+_LOSS, _UNITS = "loss of component ", "units of component "
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,9 @@ class Answer:
         tokens: Number of tokens of the student's answer.
         positions: Number of tokens of the reference answer that the models scored.
         metrics: Held-out metrics of this prompt alone, by name.
+        gold: The data's own answer, where the reference is another one, the teacher's; empty if there is none.
+        gold_positions: Number of tokens of the data's own answer that the student scored.
+        earlier: The turns before `prompt`, with their `role` and `content`.
     """
 
     prompt: str
@@ -45,6 +55,9 @@ class Answer:
     tokens: int = 0
     positions: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    gold: str = ""
+    gold_positions: int = 0
+    earlier: list[dict[str, str]] = field(default_factory=list)
 
 
 class HeldOut:
@@ -59,6 +72,9 @@ class HeldOut:
     tokens, the values are bounds: the full distribution would give a `kl` at least, and an `acceptance` at most, as
     large.
 
+    Where the data has answers beside the teacher's, `gold_nll` and `gold_rouge_l` are the same two against these.
+    `loss` is the run's loss on the data's answers, without those terms that no such answer counts for.
+
     Args:
         verifiers: Verifiers that score the student's answers, by the name of their mean in the results.
 
@@ -71,6 +87,7 @@ class HeldOut:
         self.set_verifiers(verifiers or {})
         self.table: list[Answer] = []
         self._rows: list[dict[str, float]] = []
+        self._has_gold = False
 
     def set_verifiers(self, verifiers: Mapping[str, Verifier]) -> None:
         """Replaces the verifiers that score the student's answers.
@@ -103,9 +120,37 @@ class HeldOut:
         for verifier in self.verifiers.values():
             verifier.check(prompts)
 
+    def expect_gold(self, has_gold: bool) -> None:
+        """Sets whether rows with the writer `dataset` are the data's own answers, beside those of a teacher."""
+        self._has_gold = has_gold
+
     @torch.no_grad()
-    def update(self, student: Scores, teacher: Scores | None, batch: Batch) -> None:
-        """Adds the positions of a batch."""
+    def update(self, student: Scores, teacher: Scores | None, batch: Batch, loss: Loss | None = None) -> None:
+        """Adds the positions of a batch.
+
+        Args:
+            student: Scores by the student.
+            teacher: Scores by the teacher; None if there is none with the student's tokenizer.
+            batch: Rows of the prompts: the reference, followed by the data's own answer if that is another one.
+            loss: The run's loss; None if it can't be evaluated on the data's answers.
+        """
+        is_gold = tuple(self._has_gold and writer == "dataset" for writer in batch.writer)
+        sums = self._row_sums(student, teacher, batch)
+        self._add_means(sums, batch, [row for row, gold in enumerate(is_gold) if not gold])
+        if self._has_gold:
+            rows = [row for row, gold in enumerate(is_gold) if gold]
+            self._add_means({"gold_nll": sums["nll"]}, batch, rows)
+        if loss is not None and (self._has_gold or teacher is None):
+            self._add_loss(loss, student, teacher, batch, is_gold if self._has_gold else (True,) * len(is_gold))
+        for row, (count, gold) in enumerate(zip(batch.lengths, is_gold, strict=True)):
+            if gold:  # its reference is the row before
+                self._rows[-1] |= {"gold_positions": float(count), "gold_nll": sums["nll"][row] / max(count, 1)}
+            else:
+                means = {name: row_sums[row] / count for name, row_sums in sums.items() if count}
+                self._rows.append({"positions": float(count)} | means)
+
+    def _row_sums(self, student: Scores, teacher: Scores | None, batch: Batch) -> dict[str, list[float]]:
+        """The metrics of each position, summed over those of each row."""
         # A rank without positions adds empty metrics: it takes part in the reduction too.
         step = max(1, default_budget(student.hidden.device) // (_TENSORS * 4 * student.vocab))
         parts: dict[str, list[Tensor]] = {}
@@ -118,26 +163,47 @@ class HeldOut:
                     logq = gather_top_k(logq, teacher.top_k_ids[part])
                 parts.setdefault("kl", []).append(divergences.kl(logp, logq).double())
                 parts.setdefault("acceptance", []).append(divergences.overlap(logp, logq).double())
-        sums = {name: _sum_by_row(torch.cat(values), batch) for name, values in parts.items()}
-        for name, row_sums in sums.items():
-            self._means.add(name, row_sums, sum(batch.lengths))
-        self._rows += [
-            {"positions": float(count)} | {name: row_sums[row] / count for name, row_sums in sums.items() if count}
-            for row, count in enumerate(batch.lengths)
-        ]
+        return {name: _sum_by_row(torch.cat(values), batch) for name, values in parts.items()}
 
-    def answer(self, generator: Generator, prompts: Prompts, references: Sequence[str], sampling: Sampling) -> None:
+    def _add_means(self, sums: Mapping[str, Sequence[float]], batch: Batch, rows: Sequence[int]) -> None:
+        for name, row_sums in sums.items():
+            self._means.add(name, [row_sums[row] for row in rows], sum(batch.lengths[row] for row in rows))
+
+    def _add_loss(
+        self, loss: Loss, student: Scores, teacher: Scores | None, batch: Batch, chosen: tuple[bool, ...]
+    ) -> None:
+        """Adds the total and the units of each component of the loss on some rows."""
+        part, index = batch.limited_to(chosen)
+        output = loss(student.select(index), None if teacher is None else teacher.select(index), part)
+        pairs = zip(output.total.reshape(-1).tolist(), output.units.reshape(-1).tolist(), strict=True)
+        for component, (total, units) in enumerate(pairs):
+            self._means.add(f"{_LOSS}{component}", [total], 1)
+            self._means.add(f"{_UNITS}{component}", [units], 1)
+
+    def answer(
+        self,
+        generator: Generator,
+        prompts: Prompts,
+        references: Sequence[str],
+        sampling: Sampling,
+    ) -> None:
         """Generates answers to `prompts`, compares them with `references`, and scores them with the verifiers.
 
         The metrics of each prompt are then in `table`: those of its reference row and those of its answer. The rows
         passed to `update` must be those of the first prompts, in the same order.
         """
         answers = generator.generate(prompts, sampling) if len(prompts) else []
-        pairs = zip(answers, references, strict=True)
-        metrics = {"rouge_l": [rouge_l(answer.text, reference) for answer, reference in pairs]}
+        golds = [prompt.reference if self._has_gold else None for prompt in prompts]
+        metrics: list[dict[str, float]] = [
+            {"rouge_l": rouge_l(answer.text, reference)}
+            | ({} if gold is None else {"gold_rouge_l": rouge_l(answer.text, gold)})
+            for answer, reference, gold in zip(answers, references, golds, strict=True)
+        ]
         for name, verifier in self.verifiers.items():
-            metrics[name] = [float(score) for score in verifier.verify(prompts, answers)]
-        for name, values in metrics.items():
+            for row, score in zip(metrics, verifier.verify(prompts, answers), strict=True):
+                row[name] = float(score)
+        for name in ("rouge_l", *(("gold_rouge_l",) if self._has_gold else ()), *self.verifiers):
+            values = [row[name] for row in metrics if name in row]
             self._means.add(name, values, len(values))
         reference_rows = [*self._rows, *({} for _ in prompts)]
         self.table = [
@@ -149,17 +215,25 @@ class HeldOut:
                 finish=answer.finish,
                 tokens=len(answer.token_ids),
                 positions=int(reference_rows[index].get("positions", 0)),
-                metrics={name: value for name, value in reference_rows[index].items() if name != "positions"}
-                | {name: values[index] for name, values in metrics.items()},
+                metrics={name: value for name, value in reference_rows[index].items() if name not in _COUNTS}
+                | metrics[index],
+                gold=golds[index] or "",
+                gold_positions=int(reference_rows[index].get("gold_positions", 0)),
+                earlier=[{key: str(turn[key]) for key in ("role", "content")} for turn in prompt.messages[:-1]],
             )
             for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
 
     def compute(self) -> dict[str, Tensor]:
         """Returns the metrics over all ranks, 0-dim float64 tensors on the CPU, and resets."""
-        metrics = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in self._means.reduce().items()}
+        means = self._means.reduce()
         self.reset()
-        return metrics
+        metrics = {name: mean for name, mean in means.items() if not name.startswith((_LOSS, _UNITS))}
+        units = {name.removeprefix(_UNITS): mean for name, mean in means.items() if name.startswith(_UNITS)}
+        terms = [means[_LOSS + component] / mean for component, mean in units.items() if mean > 0]
+        if terms:
+            metrics["loss"] = sum(terms)
+        return {name: torch.tensor(metrics[name], dtype=torch.float64) for name in sorted(metrics)}
 
     def reset(self) -> None:
         """Discards all accumulated values."""

@@ -26,6 +26,8 @@ class DPKD(Loss):
         ConfigError: If `beta` is not above 0.
     """
 
+    contrasts_sides = True
+
     def __init__(self, beta: float = 0.2) -> None:
         super().__init__()
         check_range("DPKD.beta", beta, 0, closed="neither")

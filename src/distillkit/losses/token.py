@@ -1,13 +1,14 @@
 """Template for losses that compare the two distributions at each position."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from distillkit.chunked.evaluate import chunked_sum
-from distillkit.errors import ConfigError, check_range
+from distillkit.errors import ConfigError, PluginError, check_range
 from distillkit.interfaces import Loss
 from distillkit.types import Batch, LossOutput, Reduction, Scores
 
@@ -15,7 +16,8 @@ from distillkit.types import Batch, LossOutput, Reduction, Scores
 class TokenLoss(Loss):
     """A divergence at each response position. A subclass has to define only `divergence`.
 
-    For speed, a subclass may also define `gradient`, the gradient in closed form.
+    For speed, a subclass may also define `gradient`, the gradient in closed form. To have more logged than the loss, it
+    defines `metrics`.
 
     The base class evaluates the divergence a slice of positions at a time, so that memory does not grow with N·V, and
     weighs the positions: `sequence_mean` is the mean over the positions of a response, then over responses;
@@ -72,16 +74,64 @@ class TokenLoss(Loss):
         """
         raise NotImplementedError
 
+    def metrics(self, logp: Tensor, logq: Tensor) -> Mapping[str, Tensor]:
+        """Returns what is logged besides the loss. Optional: the default is nothing.
+
+        `entropy` is logged as `train/entropy`: the mean over the response positions of the global batch, of all
+        micro-batches and ranks.
+
+        Args:
+            logp: `[n, V]` teacher log-probabilities of a slice, float32; they may be −∞.
+            logq: `[n, V]` student log-probabilities, float32, without gradient; they may be −∞ too.
+
+        Returns:
+            `[n]` values by name. The names must be the same for every slice, one without positions included.
+        """
+        return {}
+
     def forward(self, student: Scores, teacher: Scores | None, batch: Batch) -> LossOutput:
         """Returns Σ weight · divergence over the batch's positions."""
         assert teacher is not None, "a TokenLoss needs a teacher"
         weights = position_weights(batch, self.reduction)
-        total, values = chunked_sum(self, student, teacher, weights, temperature=self.temperature)
-        return LossOutput(total, self.units(batch).to(total.device, non_blocking=True), {"divergence": values})
+        empty = weights.new_zeros((0, student.vocab if teacher.top_k_ids is None else teacher.vocab))
+        names = self._checked_metrics(empty, empty)
+        table = torch.zeros((len(weights), len(names)), device=weights.device)  # [N, M], filled by `values`
+        columns = (table,) if names else ()
+        total, values = chunked_sum(self, student, teacher, weights, columns, self.temperature)
+        metrics = {"divergence": values, **dict(zip(names, table.unbind(-1), strict=True))}
+        return LossOutput(total, self.units(batch).to(total.device, non_blocking=True), metrics)
+
+    def _checked_metrics(self, logp: Tensor, logq: Tensor) -> Mapping[str, Tensor]:
+        """Returns the metrics of a slice.
+
+        Raises:
+            PluginError: If one has not one value per position, or the name of another metric.
+        """
+        metrics = self.metrics(logp, logq)
+        for name, values in metrics.items():
+            if values.shape != logq.shape[:1]:
+                raise PluginError(
+                    f"{type(self).__name__}.metrics must return one value per position, `[n]`: {name!r} has the shape "
+                    f"{list(values.shape)} for {len(logq)} positions of {logq.shape[-1]} tokens. Reduce the last "
+                    "dimension alone."
+                )
+            if name in ("loss", "divergence"):
+                raise PluginError(
+                    f"{type(self).__name__}.metrics can't have the name {name!r}: the loss itself has it."
+                )
+        return metrics
+
+    @torch.no_grad()
+    def _fill(self, table: Tensor, logp: Tensor, logq: Tensor) -> None:
+        """Writes the metrics of some positions into their rows `[m, M]` of the table."""
+        for column, values in enumerate(self._checked_metrics(logp, logq).values()):
+            table[:, column] = values
 
     def values(self, teacher_logp: Tensor | None, student_logp: Tensor, *columns: Tensor) -> Tensor:
         """Returns the divergence at each position, rescaled; see `PositionLoss`."""
         assert teacher_logp is not None
+        for table in columns:
+            self._fill(table, teacher_logp, student_logp.detach())
         return self.divergence(teacher_logp, student_logp) * self.scale
 
     def values_and_grad(
@@ -89,6 +139,8 @@ class TokenLoss(Loss):
     ) -> tuple[Tensor, Tensor]:
         """Returns the divergence at each position and its gradient, rescaled; see `PositionLoss`."""
         assert teacher_logp is not None
+        for table in columns:  # first: the gradient may overwrite the log-probabilities
+            self._fill(table, teacher_logp, student_logp)
         values, grad = self.gradient(teacher_logp, student_logp)
         return values * self.scale, grad if self.scale == 1.0 else grad.mul_(self.scale)
 

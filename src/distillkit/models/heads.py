@@ -24,7 +24,13 @@ def logits_width(model: nn.Module) -> int:
     head = base_model(model).get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output embedding: only causal language models can be used.")
-    return int(head.weight.shape[0])
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise ModelError(
+            f"The output embedding of {type(model).__name__} is {type(head).__name__}, which has no weight [V, D]: "
+            "it must be one linear layer, with or without an adapter."
+        )
+    return int(weight.shape[0])
 
 
 def output_head(model: nn.Module, vocab: int) -> OutputHead:

@@ -176,7 +176,7 @@ def attention(
     # `split`, not a slice for each segment: the gradient of a slice is as large as the whole sequence.
     sizes = [stop - start for start, stop, *_ in packed.segments]
     spans = {(start, stop): index for index, (start, stop, *_) in enumerate(packed.segments)}
-    queries, all_keys, all_values = (heads.split(sizes, dim=2) for heads in (query, key, value))
+    queries, all_keys, all_values = (torch.split(heads, sizes, dim=2) for heads in (query, key, value))
     parts = []
     for segment, keys, values, (_, _, first, last) in zip(queries, all_keys, all_values, packed.segments, strict=True):
         if last > first:

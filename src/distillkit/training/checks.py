@@ -17,10 +17,51 @@ from distillkit.losses.cross_entropy import CrossEntropy
 from distillkit.losses.token import REJECTED, side_of
 from distillkit.models.capabilities import capabilities
 from distillkit.models.structure import is_causal_model
+from distillkit.models.student import Student
 from distillkit.types import Prompts, Sampling
 from distillkit.types.part import settings_of
 
 _log = logging.getLogger(__name__)
+
+
+_KINDS: dict[str, type] = {"loss": Loss, "teacher": Teacher, "curator": Curator, "generator": Generator}
+
+
+def check_kinds(student: object, **parts: object) -> None:
+    """Refuses what is no part of a run, such as a model in place of the `Student` that loads it.
+
+    Args:
+        student: The student.
+        parts: The other parts, by the names of their parameters; None is skipped.
+
+    Raises:
+        ConfigError: If one is of another kind.
+    """
+    if not isinstance(student, Student):
+        raise ConfigError(
+            f"DistillModule.student must be a Student, got {_described(student)}: a Student names the model and loads "
+            "it when the run starts, as Student('./student') does. Save a model that is in memory with save_pretrained."
+        )
+    for name, part in parts.items():
+        kind = _KINDS[name]
+        if part is not None and not isinstance(part, kind):
+            raise ConfigError(
+                f"DistillModule.{name} must be a {kind.__name__}, got {_described(part)}: take one of "
+                f"distillkit.{_PACKAGES[name]}, or subclass distillkit.interfaces.{kind.__name__}."
+            )
+
+
+_PACKAGES = {"loss": "losses", "teacher": "teachers", "curator": "curators", "generator": "generators"}
+
+
+def _described(part: object) -> str:
+    return (
+        repr(part)
+        if isinstance(part, str)
+        else f"the class {part.__name__}"
+        if isinstance(part, type)
+        else type(part).__name__
+    )
 
 
 def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator: Generator, answers: Sampling) -> None:
@@ -182,7 +223,7 @@ def _longest_rows(prompts: Mapping[str, Prompts], curator: Curator, answers: Sam
     for split, items in prompts.items():
         longest_prompt = max((len(prompt.input_ids) for prompt in items), default=0)
         longest_reference = max((len(prompt.reference_ids) for prompt in items), default=0)
-        rows[f"the longest row of data.{split}"] = longest_reference or longest_prompt
+        rows[f"the longest row of data.{split}"] = max(longest_reference, longest_prompt)
         for sampling in curated if split == "train" else [answers]:
             count = sampling.max_new_tokens
             name = f"the longest prompt of data.{split} with {count} new tokens (max_new_tokens)"

@@ -238,9 +238,9 @@ class DistillData(Part, LightningDataModule):
         size = self.eval_batch_size * trainer.world_size
         length = -(-len(self.prompts[name]) // size)
         limit = trainer.limit_val_batches if name == "val" else trainer.limit_test_batches
-        rows = module.reference_rows(self.prompts[name][: size * _num_batches(length, limit)])
-        groups = [[[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)]
-        batches = [rank_rows(group, trainer.global_rank, trainer.world_size) for group in groups]
+        groups = module.reference_rows(self.prompts[name][: size * _num_batches(length, limit)])
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        batches = [rank_rows(part, trainer.global_rank, trainer.world_size) for part in parts]
         pad_id = _pad_id(module.tokenizer)
         return FixedLoader([collate(rows, pad_id, self.layout, self.bucket) for rows in batches], length)
 

@@ -27,6 +27,7 @@ _NO_EFFECT = (
     "data.layout",
     "data.bucket",
     "model.store",
+    "model.export",
     "model.slicing",
     "model.optimizer",  # see `optimizer_state`
     "model.student.compile",

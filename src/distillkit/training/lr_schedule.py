@@ -1,5 +1,6 @@
 """Learning-rate schedules: warm-up, then constant, linear or cosine; or a scheduler of torch."""
 
+import functools
 import itertools
 import math
 import warnings
@@ -17,6 +18,9 @@ from distillkit.errors import ConfigError, check_range
 from distillkit.training.optimizer_state import make_optimizer
 
 Shape = Literal["constant", "linear", "cosine"]
+
+ADAMW = functools.partial(torch.optim.AdamW, lr=2e-5, weight_decay=0.0)
+"""Default optimizer."""
 
 WARMUP = 0.05
 """Default fraction of the steps over which the learning rate grows from 0."""

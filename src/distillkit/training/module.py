@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial, partialmethod
-from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from lightning import Callback
-from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 
-from distillkit.config.hyperparameters import construct, describe
+from distillkit.callbacks.defaults import add_default_callbacks, log_missing_export
+from distillkit.config.hyperparameters import describe
 from distillkit.curators.single import DatasetCurator, TeacherCurator
 from distillkit.errors import ConfigError
 from distillkit.evaluation.heldout import HeldOut
@@ -27,17 +27,16 @@ from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
 from distillkit.training import optimizer_state, resume, tokens
-from distillkit.training.checkpoint import Checkpoint
-from distillkit.training.checks import check_components, check_lengths, check_overlap, check_parts
+from distillkit.training.checks import check_components, check_kinds, check_lengths, check_overlap, check_parts
 from distillkit.training.generation import generator_pool
 from distillkit.training.identity import run_identity
-from distillkit.training.lr_schedule import Shape, check_schedule, check_warmup, with_schedule
+from distillkit.training.lr_schedule import ADAMW, Shape, check_schedule, check_warmup, with_schedule
 from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
-from distillkit.training.step_metrics import StepMeter, current_values, flatten
-from distillkit.training.trainer_checks import check_trainer
-from distillkit.training.validation import Validation
+from distillkit.training.step_log import StepLog, shown_values
+from distillkit.training.trainer_checks import check_gold_monitors, check_trainer
+from distillkit.training.validation import Validation, gold_rows
 from distillkit.training.window import StepWindow
 from distillkit.types import Batch, Progress, Prompts, Row, Sampling, Scores, Slicing, Summary, Tokenizer
 from distillkit.types.part import Part, settings_of
@@ -54,7 +53,7 @@ class DistillModule(Part, PortableModule):
         teacher: The model that the student learns from; None for losses and curators that need none.
         curator: Provides the responses; None uses those of the data.
         generator: Continues prompts for the curator and for validation; None is a `TransformersGenerator`.
-        optimizer: Optimizer class; it is called with the student's trainable parameters.
+        optimizer: Optimizer class, or a function; it is called with the student's trainable parameters.
         lr_schedule: Shape of the learning rate after the warm-up; or a class of schedulers, which is called with the
             optimizer, and whose learning rate then moves at each optimizer step.
         warmup: Fraction of the optimizer steps over which the learning rate grows from 0, in [0, 1); None is 0.05 for a
@@ -67,10 +66,13 @@ class DistillModule(Part, PortableModule):
         metrics: Verifiers that score the student's answers to held-out prompts, by the name used in the log.
         added_tokens: Whether student and teacher must have the `same` added tokens; with `unused`, a pair with one base
             vocabulary may differ in added tokens that never occur, which is checked in every prompt and response.
+        export: Whether the student is written to `export` in the run's folder when training ends. From Python,
+            `enable_checkpointing=False` of the trainer switches it off too.
 
     Raises:
-        ConfigError: If the loss or the curator needs a teacher and there is none, if the generator can't generate for
-            both models or does not support a sampling, or if `warmup` is out of range or not that of a shape.
+        ConfigError: If a part is of another kind, if the loss or the curator needs a teacher and there is none, if the
+            generator can't generate for both models or does not support a sampling, or if `warmup` is out of range or
+            not that of a shape.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class DistillModule(Part, PortableModule):
         teacher: Teacher | None = None,
         curator: Curator | None = None,
         generator: Generator | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable = ADAMW,
         lr_schedule: Shape | LRSchedulerCallable = "cosine",
         warmup: float | None = None,
         answers: Sampling | None = None,
@@ -89,71 +91,41 @@ class DistillModule(Part, PortableModule):
         overlap: bool | str = False,
         metrics: dict[str, Verifier] | None = None,
         added_tokens: Literal["same", "unused"] = "same",
+        export: bool = True,
     ) -> None:
         super().__init__()
+        check_kinds(student, loss=loss, teacher=teacher, curator=curator, generator=generator)
         self.curator = curator or DatasetCurator()
         self.warmup = check_warmup(warmup, lr_schedule)
         self.student_spec, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
         self.generator = generator or TransformersGenerator()
         self.optimizer, self.lr_schedule, self.store = optimizer, lr_schedule, store
         self.student: Any = None  # a transformers model, once `configure_model` has run
-        self.held_out, self.meter = HeldOut(metrics), StepMeter()
+        self.held_out, self.step_log = HeldOut(metrics), StepLog()
         self.validation = Validation(self.held_out, answers or Sampling(temperature=0.0, max_new_tokens=128))
         self.answers, self.history = self.validation.sampling, self.validation.history
         check_parts(loss, teacher, self.curator, self.generator, self.answers)
         self.overlap = check_overlap(overlap, self.curator, teacher)
         self.added_tokens: Literal["same", "unused"] = added_tokens
+        self.export = export
         self._unshared: dict[int, str] = {}
         self.resumed: dict[str, Any] = {}  # what `load_run` read
-        self._step: dict[str, Summary] = {}
-        self._scheduled: dict[str, Tensor] = {}
         self._units, self._window, self.step_random = torch.ones(1), StepWindow(), resume.StepRandom()
         self.progress_fn: Callable[[int], float] | None = None
         self.shard_index, self.num_shards, self._vocab = 0, 1, 0
         self.save_hyperparameters({name: describe(value, name) for name, value in settings_of(self).items()})
         self.remember_parts()
 
-    @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: str | Path | IO[bytes],
-        map_location: _MAP_LOCATION_TYPE = None,
-        hparams_file: str | Path | None = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Makes the module of a run again, with the student's weights and the state of all parts.
-
-        The parts are made from the settings that the checkpoint records. The teacher is loaded once it is needed.
-
-        Args:
-            checkpoint_path: The checkpoint.
-            map_location: Device of the module, or how `torch.load` maps devices; None is the CPU.
-            hparams_file: Not supported: pass settings by name.
-            strict: Whether a state that is missing, or belongs to no part, is an error; None is True.
-            weights_only: As in `torch.load`; None is True: no code in the file is run.
-            kwargs: Arguments of the constructor that replace the recorded ones, such as a student that has moved.
-
-        Raises:
-            ConfigError: If there is no such file, or `hparams_file` is set.
-            ModelError: If it is damaged, or a part or the student can't be made again.
-        """
-        if hparams_file is not None:
-            raise ConfigError("hparams_file is not supported: pass the settings by name, such as student=Student(...).")
-        checkpoint = Checkpoint.read(checkpoint_path, map_location, weights_only)
-        module: Self = construct(cls, checkpoint.settings(cls.CHECKPOINT_HYPER_PARAMS_KEY, kwargs))
-        module.student = checkpoint.load_student(module.student_spec)
-        checkpoint.restore(module, strict is not False)
-        module.validation.resume(checkpoint.content["distillkit"]["history"], checkpoint.content["global_step"])
-        return module.to(checkpoint.device)
-
     def configure_callbacks(self) -> list[Callback]:
-        """Adds none. It is the first hook of a run: an unsupported setting is refused, and the last run forgotten."""
+        """Adds `FiniteLoss`, `RunCheckpoint` and `Export` to the trainer, each unless it has one of its kind.
+
+        It is the first hook of a run: an unsupported setting is refused, and the last run forgotten.
+        """
         check_trainer(self.trainer, self.held_out.names(self.same_vocab_teacher is not None))
         if self.begin_run(self.trainer):
-            self.progress_fn, self.resumed, self._step, self.meter = None, {}, {}, StepMeter()
+            self.progress_fn, self.resumed, self.step_log = None, {}, StepLog()
             self.validation.start_over()
+        add_default_callbacks(self.trainer, self.export and bool(self.trainer.checkpoint_callbacks))
         return []
 
     def use_progress(self, progress_fn: Callable[[int], float]) -> None:
@@ -204,6 +176,9 @@ class DistillModule(Part, PortableModule):
         if stage == "fit":
             check_schedule(self.optimizer, self.lr_schedule)
         prompts = run_prompts(self.trainer)
+        if stage == "fit":
+            has_teacher = self.same_vocab_teacher is not None
+            check_gold_monitors(self.trainer, prompts.get("val", Prompts(())), has_teacher, self._has_held_out_loss)
         if self.same_vocab_teacher is not None:
             teacher = self.same_vocab_teacher.tokenizer()
             names = self.student_spec.source, self.same_vocab_teacher.display_name
@@ -277,16 +252,23 @@ class DistillModule(Part, PortableModule):
         """Refuses held-out prompts on which the student can't be evaluated."""
         self.held_out.check(prompts)
 
-    def reference_rows(self, prompts: Prompts) -> list[Row]:
-        """Reference responses to held-out prompts: the teacher's, or the data's without a same-vocabulary teacher."""
+    def reference_rows(self, prompts: Prompts) -> list[list[Row]]:
+        """Rows of each held-out prompt: a reference response, and the data's own if the reference is the teacher's.
+
+        Without a teacher that uses the student's tokenizer, the data's responses are the references.
+        """
         self.rounds.wait()
-        curator = DatasetCurator() if self.same_vocab_teacher is None else TeacherCurator(self.answers)
-        rows = list(curator.curate(prompts, self.writers.generators))
+        teacher = self.same_vocab_teacher
+        curator = DatasetCurator() if teacher is None else TeacherCurator(self.answers)
+        references = list(curator.curate(prompts, self.writers.generators))
+        pairs = zip(references, prompts, strict=True)
+        groups = [[row, *([] if teacher is None else gold_rows(prompt))] for row, prompt in pairs]
+        rows = [row for group in groups for row in group]
         tokens.check_tokens(self._unshared, rows)
-        if self.same_vocab_teacher is not None:
-            self.same_vocab_teacher.prepare(rows)
-        self.validation.set_references(prompts, rows, self.tokenizer)
-        return rows
+        if teacher is not None:
+            teacher.prepare(rows)
+        self.validation.set_references(prompts, references, self.tokenizer)
+        return groups
 
     def score(self, batch: Batch, with_teacher: bool = True) -> tuple[Scores, Scores | None]:
         """Scores of the batch's response positions by the student and, if `with_teacher`, by the teacher."""
@@ -307,7 +289,7 @@ class DistillModule(Part, PortableModule):
         output = self.loss(*self.score(batch, self.loss.needs_teacher), batch)
         check_components(self.loss, output.total, self._units)
         loss: Tensor = (output.total / self._units.to(output.total)).sum()
-        self.meter.add(output.metrics, loss=loss * self.trainer.world_size)
+        self.step_log.meter.add(output.metrics, loss=loss * self.trainer.world_size)
         # Lightning divides by the micro-batches of a step, and its strategies by the ranks.
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -333,13 +315,19 @@ class DistillModule(Part, PortableModule):
             optimizer_state.refresh_rates(config.scheduler for config in self.trainer.lr_scheduler_configs)
         resume.restore_random(self.resumed.get("random", []), self.global_rank, self.device)
 
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        """Returns the 2-norm of the gradient of this step, `[]`, computed once, before clipping."""
+        return self.step_log.gradient_norm(optimizer)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Notes the norm of the gradient, which is clipped next, and the learning rates."""
+        self.step_log.note(optimizer)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then updates the schedules: before a checkpoint of this step can be written."""
         super().optimizer_step(*args, **kwargs)
         self._window.close()
-        self._step = self.meter.reduce()
-        self._scheduled = current_values(self.schedules, self._step)  # those that this step was taken with
-        self._update_schedules(self.trainer.global_step + 1, self._step)
+        self._update_schedules(self.trainer.global_step + 1, self.step_log.close(self.schedules))
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -364,15 +352,26 @@ class DistillModule(Part, PortableModule):
             part.update(self._progress(step), metrics)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Logs the metrics of the step's loss, and those of the generators in the current round."""
-        curation = {f"curation/{name}": value for name, value in self.rounds.metrics.items()}
-        step = {**flatten(self._step, self.schedules), **self._scheduled}
-        self.log_dict({**{f"train/{name}": value for name, value in step.items()}, **curation})
-        self._step, self._scheduled = {}, {}
+        """Logs the values of the step, and the metrics of the generators in the current round."""
+        values, curation = self.step_log.pop(self.schedules), self.rounds.metrics
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        self.log_dict({f"curation/{name}": value for name, value in curation.items()})
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if self.trainer.progress_bar_callback and values and interval and self.trainer.global_step % interval == 0:
+            self.log_dict(shown_values(values, self.history), prog_bar=True, logger=False)
+
+    def on_fit_end(self) -> None:
+        """Says so if nothing has exported the student."""
+        log_missing_export(self.trainer)
+
+    @property
+    def _has_held_out_loss(self) -> bool:
+        return not self.loss.contrasts_sides and (self.same_vocab_teacher is not None or not self.loss.needs_teacher)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the held-out metrics."""
-        self.held_out.update(*self.score(batch, self.same_vocab_teacher is not None), batch)
+        scores = self.score(batch, self.same_vocab_teacher is not None)
+        self.held_out.update(*scores, batch, self.loss if self._has_held_out_loss else None)
 
     def on_validation_epoch_end(self, prefix: str = "val/") -> None:
         """Logs the held-out metrics."""

@@ -3,14 +3,20 @@
 import copy
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import IO, Any, Self
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE
 from torch import Tensor
 
+from distillkit.config.hyperparameters import construct
 from distillkit.errors import ConfigError
 from distillkit.interfaces import Teacher
 from distillkit.models.student import Student
+from distillkit.training.checkpoint import Checkpoint
+from distillkit.training.place import current_place
+from distillkit.training.validation import Validation
 
 _OF_A_RUN = ("writers", "rounds", "identity")
 """Cached properties that belong to one trainer: they hold its folder, its ranks and its threads."""
@@ -28,12 +34,53 @@ class PortableModule(LightningModule):
     student_spec: Student
     """Loads the student."""
     teacher: Teacher | None
+    validation: Validation
 
     def __init__(self) -> None:
         super().__init__()
         self.optimizer_settings: dict[str, Any] = {}  # of the run's optimizer as it was made
         self._run: weakref.ref[Trainer] | None = None
         self._initial: dict[str, dict[str, Any]] = {}
+
+    @property
+    def completed_epochs(self) -> int:
+        """Number of epochs that were trained to their end."""
+        return current_place(self.trainer, validated=True).epoch
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: _MAP_LOCATION_TYPE = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Makes the module of a run again, with the student's weights and the state of all parts.
+
+        The parts are made from the settings that the checkpoint records. The teacher is loaded once it is needed.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            map_location: Device of the module, or how `torch.load` maps devices; None is the CPU.
+            hparams_file: Not supported: pass settings by name.
+            strict: Whether a state that is missing, or belongs to no part, is an error; None is True.
+            weights_only: As in `torch.load`; None is True: no code in the file is run.
+            kwargs: Arguments of the constructor that replace the recorded ones, such as a student that has moved.
+
+        Raises:
+            ConfigError: If there is no such file, or `hparams_file` is set.
+            ModelError: If it is damaged, or a part or the student can't be made again.
+        """
+        if hparams_file is not None:
+            raise ConfigError("hparams_file is not supported: pass the settings by name, such as student=Student(...).")
+        checkpoint = Checkpoint.read(checkpoint_path, map_location, weights_only)
+        module: Self = construct(cls, checkpoint.settings(cls.CHECKPOINT_HYPER_PARAMS_KEY, kwargs))
+        module.student = checkpoint.load_student(module.student_spec)
+        checkpoint.restore(module, strict is not False)
+        module.validation.resume(checkpoint.content["distillkit"]["history"], checkpoint.content["global_step"])
+        return module.to(checkpoint.device)
 
     def remember_parts(self) -> None:
         """Notes the state of all parts, which `begin_run` restores for another run."""

@@ -23,8 +23,8 @@ class RowSource(Protocol):
     def check_held_out(self, prompts: Prompts) -> None:
         """Refuses held-out prompts on which the student can't be measured."""
 
-    def reference_rows(self, prompts: Prompts) -> list[Row]:
-        """A row with a reference response for each held-out prompt."""
+    def reference_rows(self, prompts: Prompts) -> list[list[Row]]:
+        """The rows of each held-out prompt: its reference response first."""
 
     def teardown(self, stage: str) -> None:
         """Stops the generation of the next round."""

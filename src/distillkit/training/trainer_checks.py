@@ -17,6 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from distillkit.devices.distributed import rank
 from distillkit.errors import ConfigError, check_range
+from distillkit.evaluation.heldout import GOLD_NAMES
+from distillkit.types import Prompts
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,15 @@ _RANGES = ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_
 """Numbers that Lightning takes as they are: a 0 or a number below it is an error after hours, or does nothing."""
 
 
-_LARGER_IS_BETTER = {"kl": False, "nll": False, "acceptance": True, "rouge_l": True}
+_LARGER_IS_BETTER = {
+    "kl": False,
+    "nll": False,
+    "acceptance": True,
+    "rouge_l": True,
+    "gold_nll": False,
+    "gold_rouge_l": True,
+    "loss": False,
+}
 """Held-out metrics, and whether a larger value is the better one."""
 
 
@@ -90,6 +100,32 @@ def check_trainer(trainer: Trainer, metrics: Collection[str]) -> None:
             _check_monitor(callback, monitor.removeprefix("val/"), metrics, trainer)
 
 
+def check_gold_monitors(trainer: Trainer, prompts: Prompts, has_teacher: bool, has_loss: bool) -> None:
+    """Refuses a callback that monitors a metric of the data's own held-out answers where there will be none.
+
+    Args:
+        trainer: The trainer.
+        prompts: The held-out prompts.
+        has_teacher: Whether there is a teacher with the student's tokenizer, which answers every prompt.
+        has_loss: Whether the loss can be taken on single responses, and its teacher has the student's tokenizer.
+    """
+    needed = "responses in data.val" if has_teacher else "a teacher with the student's tokenizer"
+    has_gold = has_teacher and any(prompt.reference_ids for prompt in prompts)
+    missing = {} if has_gold else dict.fromkeys(("gold_nll", "gold_rouge_l"), needed)
+    if not has_loss:
+        missing["loss"] = "a loss that compares models on each response by itself"
+    elif has_teacher and not has_gold:
+        missing["loss"] = needed
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it through a connector
+        monitor = str(getattr(callback, "monitor", None))
+        reason = missing.get(monitor.removeprefix("val/")) if monitor.startswith("val/") else None
+        if reason is not None:
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__} monitors {monitor}, which needs {reason}. "
+                "Monitor another metric, such as val/nll."
+            )
+
+
 def _check_monitor(callback: Callback, metric: str, metrics: Collection[str], trainer: Trainer) -> None:
     """Checks that a callback monitors a metric of the run in the right direction; one logged elsewhere may be any."""
     name, kind = f"val/{metric}", type(callback).__name__
@@ -100,7 +136,7 @@ def _check_monitor(callback: Callback, metric: str, metrics: Collection[str], tr
             f"trainer.callbacks: {kind} monitors {name}, and there are no held-out prompts: set data.val."
         )
     logged = ", ".join(f"val/{one}" for one in metrics)
-    if is_ours and metric not in metrics:
+    if is_ours and metric not in (*metrics, *GOLD_NAMES):
         raise ConfigError(
             f"trainer.callbacks: {kind} monitors {name}, which needs a teacher with the student's tokenizer. This run "
             f"logs {logged}."

@@ -9,7 +9,20 @@ from distillkit.evaluation.heldout import HeldOut
 from distillkit.generators.texts import decoded
 from distillkit.interfaces import Generator
 from distillkit.models.tokenizers import eos_ids
-from distillkit.types import Prompts, Row, Sampling, Summary, Tokenizer
+from distillkit.types import Prompt, Prompts, Row, Sampling, Summary, Tokenizer
+
+
+def gold_rows(prompt: Prompt) -> list[Row]:
+    """The row with the data's own answer to a held-out prompt, of which the last turn counts; empty if it has none.
+
+    Args:
+        prompt: The prompt.
+    """
+    if prompt.reference is None or not prompt.reference_ids:
+        return []
+    start = len(prompt.input_ids)
+    mask = (False,) * start + prompt.reference_mask[start:]
+    return [Row(prompt.reference_ids, mask, "dataset", prompt.id)]
 
 
 class Validation:
@@ -34,6 +47,7 @@ class Validation:
         """
         end_ids = eos_ids(tokenizer, None)
         self._prompts = prompts
+        self.metrics.expect_gold(any(row.writer != "dataset" for row in rows) and any(map(gold_rows, prompts)))
         self._references = [
             decoded(tokenizer, row.input_ids[len(prompt.input_ids) :], end_ids, prompt)
             for prompt, row in zip(prompts, rows, strict=True)
@@ -77,4 +91,6 @@ class Validation:
                 logger.log_metrics(values, step=step)
         else:  # Lightning logs the metrics at the value of `step`; outside `fit` it would take 0
             module.log_dict(values if trainer.state.fn == "fit" else values | {"step": float(step)})
+            if "val/kl" in values and trainer.state.fn == "fit":  # under a short name for the progress bar
+                module.log("kl", values["val/kl"], prog_bar=True, logger=False)
         return {name: Summary(value, value, value, torch.ones_like(value)) for name, value in results.items()}

@@ -128,6 +128,21 @@ class Batch:
         packed = None if self.packed is None else self.packed.pin_memory()
         return replace(self, packed=packed, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
+    def limited_to(self, chosen: tuple[bool, ...]) -> tuple["Batch", Tensor]:
+        """Returns the batch with the response positions of some rows alone, and the index of these positions.
+
+        Args:
+            chosen: Whether the positions of each row remain.
+
+        Returns:
+            The batch, in which the other rows have no positions; and the `[n]` indices among the N positions.
+        """
+        device = self.rows.device
+        index = torch.tensor(chosen, device=device)[self.rows].nonzero().squeeze(-1)
+        lengths = tuple(length if row else 0 for length, row in zip(self.lengths, chosen, strict=True))
+        selected = {name: getattr(self, name)[index] for name in ("positions", "targets", "rows")}
+        return replace(self, lengths=lengths, **selected), index
+
     @property
     def num_tokens(self) -> int:
         """Number of response positions in the batch, N."""

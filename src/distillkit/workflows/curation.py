@@ -206,7 +206,8 @@ class Curation(Callback):
             rest = f"; {len(missing)} responses of other shards are missing" if missing else ", and so are all others"
             self.report.append(f"shard {shard_index + 1}/{num_shards} is complete{rest}")
         if self.score:  # as in training: the stored responses are read, and their rows are handed to the teacher
-            rows = pl_module.reference_rows(held_out) if held_out else []
+            groups = pl_module.reference_rows(held_out) if held_out else []
+            rows = [row for group in groups for row in group]
             rows += pl_module.rounds.rows(first_round) if pl_module.loss.needs_teacher else []
             self.report.append(f"the teacher's scores of {len(rows)} rows are cached")
         trainer.should_stop = True

@@ -22,9 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 # Imported so that configurations can name these classes by their short names.
 from distillkit.callbacks import Answers, Budget, Export, FiniteLoss, RunCheckpoint, Throughput  # noqa: F401
+from distillkit.callbacks.defaults import add_default_callbacks
 from distillkit.config.command import Command, with_flag_values
 from distillkit.config.explain import explain
 from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, load_all, require_mapping, split_arguments
+from distillkit.config.hyperparameters import describe
 from distillkit.config.parts import import_parts
 from distillkit.devices.precision import default_device, has_native_matmul
 from distillkit.errors import ConfigError, check_range
@@ -33,6 +35,7 @@ from distillkit.storage.atomic import atomic_path, write_atomically
 from distillkit.storage.checkpoint_io import use_atomic_checkpoints
 from distillkit.storage.locks import FolderLock
 from distillkit.training.datamodule import DistillData
+from distillkit.training.lr_schedule import ADAMW
 from distillkit.training.module import DistillModule
 from distillkit.workflows.checkpoints import requeued, resolve_checkpoint
 from distillkit.workflows.full_help import PublicPartsFormatter, print_full_help
@@ -230,6 +233,10 @@ class DistillCLI(LightningCLI):
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         return self.init_parser(**kwargs)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sets the default optimizer by its settings, which a configuration may replace one by one."""
+        parser.set_defaults({"model.optimizer": describe(ADAMW)})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the config files and the arguments over them, or prints the help that they ask for.
 
@@ -300,6 +307,7 @@ class DistillCLI(LightningCLI):
             kwargs["logger"] = [table, RunTensorBoardLogger(root, TENSORBOARD_LOGS)]
         built = super().instantiate_trainer(**kwargs)
         check_launcher(built)
+        add_default_callbacks(built, self.model.export and self.subcommand == "fit")
         use_atomic_checkpoints(built)
         built.callbacks.insert(0, SignalCallback())  # type: ignore[attr-defined]  # first, to defer signals to a step's end
         return built

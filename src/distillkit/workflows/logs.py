@@ -25,7 +25,7 @@ def show_logs(on_stderr: bool = False) -> None:
 
 def _handler(on_stderr: bool) -> RichHandler:
     console = Console(stderr=True) if on_stderr else None
-    return RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")
+    return RichHandler(logging.INFO, console=console, show_path=False, show_level=False, log_time_format="[%X]")
 
 
 class _RunLog(logging.FileHandler):

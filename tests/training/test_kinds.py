@@ -1,0 +1,63 @@
+"""Objects of Python in the place of parts: one line says what is meant."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from distillkit import DistillData, DistillModule, Student
+from distillkit.errors import ConfigError, ModelError
+from distillkit.losses import CrossEntropy, ForwardKL
+from helpers.models import save_tiny
+from helpers.runs import QUIET, write_prompts
+
+WRONG = {
+    "a module": ({"student": nn.Module()}, r"student must be a Student, got Module: a Student names the model"),
+    "a path": ({"student": "./student"}, r"student must be a Student, got './student': .* as Student\('./student'\)"),
+    "a class": ({"student": Student}, r"student must be a Student, got the class Student"),
+    "a loss of torch": (
+        {"loss": nn.KLDivLoss()},
+        r"loss must be a Loss, got KLDivLoss: take one of ",
+    ),
+    "a model as teacher": ({"teacher": nn.Linear(1, 1)}, r"teacher must be a Teacher, got Linear"),
+    "a name": ({"curator": "TeacherCurator"}, r"curator must be a Curator, got 'TeacherCurator'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_object_that_is_no_part_is_named(name: str) -> None:
+    settings, words = WRONG[name]
+    with pytest.raises(ConfigError, match=words) as caught:
+        DistillModule(**{"student": Student("./student"), "loss": ForwardKL(), **settings})
+    assert "\n" not in str(caught.value)
+
+
+class Headed(Student):
+    """A student whose output embedding is two modules."""
+
+    def load(self) -> Any:
+        model = super().load()
+        model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
+        return model
+
+
+def fit(student: Student, root: Path, data: Any) -> None:
+    options = QUIET | {"max_steps": 1, "default_root_dir": root, "logger": False, "enable_checkpointing": False}
+    lightning.Trainer(**options).fit(DistillModule(student, CrossEntropy()), data)
+
+
+def test_a_head_of_several_modules_is_one_line(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "train.jsonl", 2, response=True)
+    with pytest.raises(ModelError, match=r"output embedding of LlamaForCausalLM is Sequential, which has no weight"):
+        fit(Headed(str(save_tiny(tmp_path / "student"))), tmp_path, DistillData(prompts))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:.*does not have many workers")
+@pytest.mark.parametrize("items", [[torch.zeros(2)] * 2, [{"input_ids": torch.zeros(2)}] * 2], ids=["tensors", "dicts"])
+def test_a_plain_loader_is_one_line(items: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"The data loader yields \w+, not a Batch: use DistillData"):
+        fit(Student(str(save_tiny(tmp_path / "student"))), tmp_path, DataLoader(items))
