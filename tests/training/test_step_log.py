@@ -25,11 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def fit(folder: Path, root: Path, **settings: Any) -> tuple[MemoryLogger, Gradients]:
+def fit(folder: Path, root: Path, fused: bool = False, **settings: Any) -> tuple[MemoryLogger, Gradients]:
     module = DistillModule(
         Student(str(folder / "student")),
         CrossEntropy(),
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3, fused=fused),
         lr_schedule="linear",
         warmup=0.25,
     )
@@ -47,6 +47,15 @@ def test_the_gradient_is_measured_before_it_is_clipped(accumulate: int, folder: 
     assert len(norms) == 4 // accumulate
     assert logger.column("train/grad_norm") == pytest.approx(norms, rel=1e-5)
     assert min(norms) > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_fused_optimizer_takes_a_clipped_gradient(algorithm: str, folder: Path, tmp_path: Path) -> None:
+    settings = {"precision": "bf16-mixed", "gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
+    losses = [fit(folder, tmp_path / str(fused), fused, **settings)[0].column("train/loss") for fused in (False, True)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    unclipped, _ = fit(folder, tmp_path, True, precision="bf16-mixed")
+    assert losses[1] != pytest.approx(unclipped.column("train/loss"), rel=1e-4)
 
 
 def test_the_learning_rate_is_that_of_the_step(folder: Path, tmp_path: Path) -> None:

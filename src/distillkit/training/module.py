@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from distillkit.callbacks.defaults import add_default_callbacks, log_missing_export
 from distillkit.config.hyperparameters import describe
 from distillkit.curators.single import DatasetCurator, TeacherCurator
-from distillkit.errors import ConfigError
 from distillkit.evaluation.heldout import HeldOut
 from distillkit.generators.transformers import TransformersGenerator
 from distillkit.interfaces import Curator, Generator, Loss, Schedule, Teacher, Verifier
@@ -34,8 +33,8 @@ from distillkit.training.lr_schedule import ADAMW, Shape, check_schedule, check_
 from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
-from distillkit.training.step_log import StepLog, shown_values
-from distillkit.training.trainer_checks import check_gold_monitors, check_trainer
+from distillkit.training.step_log import StepLog, clips_without_scaler, shown_values, shows_values
+from distillkit.training.trainer_checks import check_gold_monitors, check_trainer, total_steps
 from distillkit.training.validation import Validation, gold_rows
 from distillkit.training.window import StepWindow
 from distillkit.types import Batch, Progress, Prompts, Row, Sampling, Scores, Slicing, Summary, Tokenizer
@@ -214,7 +213,7 @@ class DistillModule(Part, PortableModule):
         optimizer = optimizer_state.make_optimizer(self.optimizer, self.student)
         self.optimizer_settings = optimizer_state.optimizer_identity(optimizer)
         optimizer_state.check_rounding(optimizer)
-        return with_schedule(optimizer, self.lr_schedule, self.warmup, self.progress_fn or self._total_steps())
+        return with_schedule(optimizer, self.lr_schedule, self.warmup, self.progress_fn or total_steps(self.trainer))
 
     @cached_property
     def writers(self) -> GeneratorPool:
@@ -323,6 +322,11 @@ class DistillModule(Part, PortableModule):
         """Notes the norm of the gradient, which is clipped next, and the learning rates."""
         self.step_log.note(optimizer)
 
+    def configure_gradient_clipping(self, optimizer: Optimizer, **settings: Any) -> None:  # type: ignore[override]
+        """Clips the gradient; in `bf16-mixed` that of a fused optimizer too, which Lightning refuses."""
+        if not clips_without_scaler(self.trainer.precision_plugin, optimizer, settings):
+            super().configure_gradient_clipping(optimizer, **settings)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then updates the schedules: before a checkpoint of this step can be written."""
         super().optimizer_step(*args, **kwargs)
@@ -337,15 +341,9 @@ class DistillModule(Part, PortableModule):
 
     def _progress(self, step: int) -> Progress:
         if self.progress_fn is None:
-            return Progress(step, self._total_steps())
+            return Progress(step, total_steps(self.trainer))
         fraction = self.progress_fn(step)
         return Progress(step, step / fraction if fraction > 0 else float("inf"))
-
-    def _total_steps(self) -> int:
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise ConfigError("Training has no end: set trainer.max_epochs, trainer.max_steps, or a Budget.")
-        return int(total)
 
     def _update_schedules(self, step: int, metrics: Mapping[str, Summary]) -> None:
         for part in (self.loss, self.curator):
@@ -356,8 +354,7 @@ class DistillModule(Part, PortableModule):
         values, curation = self.step_log.pop(self.schedules), self.rounds.metrics
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         self.log_dict({f"curation/{name}": value for name, value in curation.items()})
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if self.trainer.progress_bar_callback and values and interval and self.trainer.global_step % interval == 0:
+        if values and shows_values(self.trainer):
             self.log_dict(shown_values(values, self.history), prog_bar=True, logger=False)
 
     def on_fit_end(self) -> None:

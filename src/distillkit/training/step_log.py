@@ -1,8 +1,12 @@
 """Values that are logged of an optimizer step, and the few of them that a progress bar shows."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -56,6 +60,24 @@ class StepLog:
         return values
 
 
+def clips_without_scaler(precision: Precision, optimizer: Optimizer, settings: Mapping[str, Any]) -> bool:
+    """Clips the gradient in `bf16-mixed`, of a fused optimizer too; False if clipping is left to Lightning.
+
+    Lightning refuses to clip for optimizers that unscale the gradient themselves. They do so only with a scaler, which
+    `bf16-mixed` does not have.
+
+    Args:
+        precision: The trainer's precision plugin.
+        optimizer: The optimizer, whose gradient is clipped in place.
+        settings: `gradient_clip_val` and `gradient_clip_algorithm`, as Lightning's hook gets them.
+    """
+    if type(precision) is not MixedPrecision or precision.scaler is not None:
+        return False
+    algorithm = settings["gradient_clip_algorithm"] or GradClipAlgorithmType.NORM
+    Precision.clip_gradients(precision, optimizer, settings["gradient_clip_val"] or 0.0, algorithm)
+    return True
+
+
 def learning_rates(optimizer: Optimizer) -> dict[str, Tensor]:
     """Learning rates by the name under which they are logged, `[]` each.
 
@@ -67,6 +89,12 @@ def learning_rates(optimizer: Optimizer) -> dict[str, Tensor]:
         return {"lr": rates[0]}
     names = [str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups)]
     return {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
+
+
+def shows_values(trainer: Trainer) -> bool:
+    """True after a step whose values a progress bar shows: at the interval of the loggers, as the host waits then."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    return bool(trainer.progress_bar_callback and interval and trainer.global_step % interval == 0)
 
 
 def shown_values(values: Mapping[str, Tensor], history: list[dict[str, float]]) -> dict[str, Tensor]:

@@ -160,3 +160,15 @@ def _check_monitor(callback: Callback, metric: str, metrics: Collection[str], tr
             name,
             *better,
         )
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Number of optimizer steps of a run.
+
+    Raises:
+        ConfigError: If training has no end.
+    """
+    total = trainer.estimated_stepping_batches
+    if total == float("inf"):
+        raise ConfigError("Training has no end: set trainer.max_epochs, trainer.max_steps, or a Budget.")
+    return int(total)
