@@ -202,6 +202,10 @@ def _shares_heads(query: Tensor, key: Tensor, attention_mask: Tensor | None, opt
     )
 
 
+_FLOAT32_QUERIES = 256
+"""Queries up to which a processor's attention kernel with its gradient is faster in float32 than in half precision."""
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _segment(
     query: Tensor,
@@ -215,6 +219,10 @@ def _segment(
     """Attention of a segment's n queries `[1, H, n, d]` to keys `[1, G, s + n, d]`: s of the shared prefix, then n."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
+    if query.requires_grad and query.dtype.itemsize == 2 and num_queries <= _FLOAT32_QUERIES and query.is_cpu:
+        wide = (heads.float() for heads in (query, key, value))
+        attended: Tensor = _segment(*wide, dropout, scaling, window, softcap)
+        return attended.to(query.dtype)
     window = window if window is not None and window < num_keys else None
     if num_queries == num_keys and window is None and softcap is None:
         return scaled_dot_product_attention(

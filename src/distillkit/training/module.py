@@ -33,7 +33,7 @@ from distillkit.training.lr_schedule import ADAMW, Shape, check_schedule, check_
 from distillkit.training.portable import PortableModule
 from distillkit.training.run_data import run_prompts, uses_chat_template
 from distillkit.training.run_state import load_run, save_run
-from distillkit.training.step_log import StepLog, clips_without_scaler, shown_values, shows_values
+from distillkit.training.step_log import StepLog, shown_values, shows_values
 from distillkit.training.trainer_checks import check_gold_monitors, check_trainer, total_steps
 from distillkit.training.validation import Validation, gold_rows
 from distillkit.training.window import StepWindow
@@ -324,7 +324,7 @@ class DistillModule(Part, PortableModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, **settings: Any) -> None:  # type: ignore[override]
         """Clips the gradient; in `bf16-mixed` that of a fused optimizer too, which Lightning refuses."""
-        if not clips_without_scaler(self.trainer.precision_plugin, optimizer, settings):
+        if not self.step_log.clip(self.trainer.precision_plugin, optimizer, settings):
             super().configure_gradient_clipping(optimizer, **settings)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -34,14 +34,34 @@ class StepLog:
             optimizer: The optimizer, whose parameters have the gradient of the whole step.
         """
         if self._gradient_norm is None:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self._gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            gradients = [parameter.grad for parameter in parameters(optimizer) if parameter.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
         return self._gradient_norm
 
     def note(self, optimizer: Optimizer) -> None:
         """Notes the gradient norm and the learning rates that the step is taken with."""
         self._values = {"grad_norm": self.gradient_norm(optimizer).detach(), **learning_rates(optimizer)}
         self._gradient_norm = None
+
+    def clip(self, precision: Precision, optimizer: Optimizer, settings: Mapping[str, Any]) -> bool:
+        """Clips the gradient in `bf16-mixed`, of a fused optimizer too; False if clipping is left to Lightning.
+
+        Lightning refuses to clip for optimizers that unscale the gradient themselves. They do so only with a scaler,
+        which `bf16-mixed` does not have.
+
+        Args:
+            precision: The trainer's precision plugin.
+            optimizer: The optimizer, whose gradient is clipped in place.
+            settings: `gradient_clip_val` and `gradient_clip_algorithm`, as Lightning's hook gets them.
+        """
+        if type(precision) is not MixedPrecision or precision.scaler is not None:
+            return False
+        value, algorithm = settings["gradient_clip_val"], settings["gradient_clip_algorithm"]
+        if value and algorithm == GradClipAlgorithmType.VALUE:
+            precision.clip_grad_by_value(optimizer, value)
+        elif value:
+            torch.nn.utils.clip_grads_with_norm_(parameters(optimizer), value, self._values["grad_norm"])
+        return True
 
     def close(self, schedules: Mapping[str, Schedule]) -> dict[str, Summary]:
         """Ends the step, and returns the metrics of its loss over all micro-batches and ranks.
@@ -60,22 +80,9 @@ class StepLog:
         return values
 
 
-def clips_without_scaler(precision: Precision, optimizer: Optimizer, settings: Mapping[str, Any]) -> bool:
-    """Clips the gradient in `bf16-mixed`, of a fused optimizer too; False if clipping is left to Lightning.
-
-    Lightning refuses to clip for optimizers that unscale the gradient themselves. They do so only with a scaler, which
-    `bf16-mixed` does not have.
-
-    Args:
-        precision: The trainer's precision plugin.
-        optimizer: The optimizer, whose gradient is clipped in place.
-        settings: `gradient_clip_val` and `gradient_clip_algorithm`, as Lightning's hook gets them.
-    """
-    if type(precision) is not MixedPrecision or precision.scaler is not None:
-        return False
-    algorithm = settings["gradient_clip_algorithm"] or GradClipAlgorithmType.NORM
-    Precision.clip_gradients(precision, optimizer, settings["gradient_clip_val"] or 0.0, algorithm)
-    return True
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, over all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, Tensor]:
