@@ -37,3 +37,10 @@ def test_a_damaged_line_is_named_and_a_cut_one_is_passed_over(tmp_path):
     (tmp_path / "answers.jsonl").write_text("{}\n[1\n")
     with pytest.raises(StoreError, match="line 2, is damaged"):
         examples(tmp_path)
+
+
+def test_the_last_validation_can_be_that_of_a_checkpoint(tmp_path):
+    write(tmp_path, *((step, "val", "a", f"at {step}") for step in (0, 4, 8)))
+    assert [example.after for example in examples(tmp_path, step=4)] == ["at 4"]
+    assert examples(tmp_path, step=0) == []
+    assert examples(tmp_path, step=5) == []

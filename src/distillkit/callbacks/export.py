@@ -1,16 +1,19 @@
 """Export of the trained student as a transformers folder."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning import Callback, Trainer
+from rich import get_console
 
 from distillkit.callbacks.model_card import model_card, trained_run
 from distillkit.callbacks.plots import draw
 from distillkit.data.chat_templates import TEACHER
 from distillkit.errors import ConfigError
+from distillkit.evaluation.examples import examples
 from distillkit.models.export import check_adapter_only, check_export, export_model, stored_dtype
 from distillkit.models.finite import require_finite
 from distillkit.models.loading import DTYPES
@@ -110,8 +113,11 @@ class Export(Callback):
         if not series:  # of another logger, or of none
             _log.info("The student is in %s. No curves are drawn: the run's folder has no CSV log.", folder)
             return
-        draw(series, root / CURVES, f"{type(pl_module.loss).__name__}: {root.name}", pl_module.schedules)
+        title = f"{type(pl_module.loss).__name__}: {root.name}"
+        draw(series, root / CURVES, title, pl_module.schedules, examples(root, 3))
         _log.info("The student is in %s, its curves in %s.", folder, root / CURVES)
+        if not self.adapter_only:
+            get_console().print(next_steps(root, folder), soft_wrap=True, markup=False, highlight=False)
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder).expanduser() if self.folder else Path(trainer.default_root_dir) / EXPORT
@@ -121,6 +127,22 @@ class Export(Callback):
         student, teacher = pl_module.student_spec, pl_module.same_vocab_teacher
         needs_teacher = teacher is not None and student.chat_template == TEACHER
         return student.tokenizer(teacher.tokenizer() if needs_teacher and teacher is not None else None, pads=False)
+
+
+def next_steps(root: Path, folder: Path) -> str:
+    """Commands that a user may want after a run, one per line.
+
+    Args:
+        root: The run's folder.
+        folder: The exported student.
+    """
+    commands = {
+        f"distillkit chat {shlex.quote(str(folder))}": "talk to the student, beside its teacher",
+        f"distillkit evaluate --run {shlex.quote(str(root))}": "measure it on the held-out prompts",
+        f"vllm serve {shlex.quote(str(folder))}": "serve it",
+    }
+    width = max(map(len, commands))
+    return "\n".join(["Next:", *(f"  {command:<{width}}  {purpose}" for command, purpose in commands.items())])
 
 
 def summary(history: list[dict[str, float]]) -> str:

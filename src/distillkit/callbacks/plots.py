@@ -1,13 +1,17 @@
 """Plot of a run's curves."""
 
-from collections.abc import Collection
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distillkit.errors import readable
+from distillkit.evaluation.examples import Example
 from distillkit.run_folder import Series, reported_names
 from distillkit.schedules.labels import label
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PANELS = {
@@ -26,7 +30,7 @@ _PANELS = {
 }
 
 
-def draw(series: Series, path: Path, title: str, schedules: Collection[str]) -> None:
+def draw(series: Series, path: Path, title: str, schedules: Collection[str], answers: Sequence[Example] = ()) -> None:
     """Plots held-out metrics, loss, schedules and what the loss reports against optimizer steps into a PNG file.
 
     Args:
@@ -34,20 +38,24 @@ def draw(series: Series, path: Path, title: str, schedules: Collection[str]) -> 
         path: The PNG file.
         title: Heading of the figure.
         schedules: Names of the logged schedules, after `train/`.
+        answers: Held-out prompts whose answers before and after training stand below the curves.
     """
-    curves(series, title, schedules).savefig(path, dpi=110)
+    curves(series, title, schedules, answers).savefig(path, dpi=110)
 
 
-def curves(series: Series, title: str, schedules: Collection[str]) -> "Figure":
+def curves(series: Series, title: str, schedules: Collection[str], answers: Sequence[Example] = ()) -> "Figure":
     """The figure that `draw` saves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import, needed only when a run ends
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    figure = Figure(figsize=(15, 7.5 + 0.9 * len(answers)), layout="constrained")
     FigureCanvasAgg(figure)
+    heights = [7.5, 0.9 * len(answers)]
+    areas: Any = figure.subfigures(2, 1, height_ratios=heights) if answers else (figure, None)
+    charts, texts = areas
     named = {"Reported by the loss": reported_names(series, schedules), "Schedules": schedules}
     panels = _PANELS | {heading: {f"train/{name}": label(name) for name in names} for heading, names in named.items()}
-    for axes, (heading, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+    for axes, (heading, names) in zip(charts.subplots(2, 3).flat, panels.items(), strict=True):
         axes.set(title=heading, xlabel="optimizer step")
         for name, caption in names.items():
             points = series.get(name, [])
@@ -74,5 +82,21 @@ def curves(series: Series, title: str, schedules: Collection[str]) -> "Figure":
             axes.legend()
         else:
             axes.text(0.5, 0.5, "not logged in this run", ha="center", transform=axes.transAxes)
-    figure.suptitle(title)
+    charts.suptitle(title)
+    if texts is not None:
+        _write_answers(texts.subplots(), answers)
     return figure
+
+
+def _write_answers(axes: "Axes", answers: Sequence[Example]) -> None:
+    """Writes prompts with the reference and the student's answers before and after, in four columns."""
+    columns = {"prompt": 0.0, "reference": 0.2, "student before": 0.47, "student after": 0.74}
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(len(answers) + 0.4, 0))
+    for heading, left in columns.items():
+        axes.text(left, 0.2, heading, weight="bold", va="center")
+    for index, row in enumerate(answers):
+        cells = (row.prompt, row.reference, row.before, row.after)
+        for cell, left, width in zip(cells, columns.values(), (34, 46, 46, 46), strict=True):
+            lines = textwrap.wrap(readable(" ".join(cell.split())), width, max_lines=4, placeholder=" …")
+            axes.text(left, index + 0.45, "\n".join(lines), va="top", fontsize=9, parse_math=False)

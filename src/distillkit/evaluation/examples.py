@@ -27,12 +27,13 @@ class Example:
     after: str
 
 
-def examples(run: Path, count: int = 5) -> list[Example]:
+def examples(run: Path, count: int = 5, step: int | None = None) -> list[Example]:
     """The first held-out prompts of a run that were answered at its first and its last validation.
 
     Args:
         run: The run's folder.
         count: Limit on the number of examples.
+        step: Optimizer step of the last validation; None is the last there was.
 
     Returns:
         At most `count` examples, in the order of the data; none if there was one validation, or none.
@@ -42,6 +43,8 @@ def examples(run: Path, count: int = 5) -> list[Example]:
     """
     answers = [answer for _, answer in read_answers(run / ANSWERS) if answer.get("split", "val") == "val"]
     steps = sorted({answer["step"] for answer in answers})
+    if step is not None:
+        steps = [earlier for earlier in steps if earlier <= step] if step in steps else []
     if len(steps) < 2:
         return []
     before = {answer["prompt_id"]: answer for answer in answers if answer["step"] == steps[0]}

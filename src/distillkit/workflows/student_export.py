@@ -8,6 +8,7 @@ from lightning import LightningDataModule, LightningModule
 from distillkit.callbacks.model_card import TrainedRun, first_line, model_card
 from distillkit.data.chat_templates import TEACHER
 from distillkit.errors import ConfigError, ModelError
+from distillkit.evaluation.examples import examples
 from distillkit.models.export import check_adapter_only, export_model
 from distillkit.models.loading import DTYPES
 from distillkit.models.student import Student
@@ -83,8 +84,9 @@ def _trained_run(path: Path, saved: Checkpoint) -> TrainedRun:
         summary = first_line(saved.setting(_MODEL, "loss"))
     except ModelError:  # of a class that is not installed any more
         summary = ""
+    run = path.resolve().parent.parent if path.parent.name == CHECKPOINTS else None
     return TrainedRun(
-        name=path.resolve().parent.parent.name if path.parent.name == CHECKPOINTS else path.stem,
+        name=path.stem if run is None else run.name,
         model=saved.content[_MODEL],
         data=saved.content.get(_DATA),
         step=saved.content["global_step"],
@@ -94,4 +96,5 @@ def _trained_run(path: Path, saved: Checkpoint) -> TrainedRun:
         history=ours.get("history", []),
         num_prompts=ours.get("num_prompts", {}),
         loss_summary=summary,
+        examples=[] if run is None else examples(run, step=saved.content["global_step"]),
     )
