@@ -42,6 +42,6 @@ def test_the_end_of_training_shows_the_answers_before_and_after(tmp_path, monkey
         assert shown.getvalue().count(text) == 2
     shown.truncate(0)
     answers.on_fit_end(trainer, module)
-    rows = [line for line in shown.getvalue().splitlines() if "reference " in line]
+    rows = [line for line in shown.getvalue().splitlines() if "│ reference" in line]
     assert len(rows) == 5
     assert all(part in rows[0] for part in ("prompt 0", "reference 0", "early 0", "late 0"))
