@@ -265,7 +265,7 @@ FILES = {
     "lines.json": JSONL,
     "data.ndjson": JSONL,
     "data.tsv": b"prompt\tresponse\nHi\tHello\nHo\tHello\n",
-    "data.csv.gz": gzip.compress(b"prompt,response\nHi,Hello\nHo,Hello\n"),
+    "data.csv.gz": gzip.compress(b"prompt,response\nHi,Hello\nHo,Hello\n", mtime=0),
     "data.json.gz": gzip.compress(json.dumps(LINES).encode()),
     "data.jsonl.zst": JSONL,
 }
@@ -293,8 +293,8 @@ def test_a_file_is_read_by_its_ending(name):
         ("data.json", b'{"data": [\n{"prompt": "Hi"}]}', r" is one object, with the keys 'data'; write a list"),
         ("data.json", b"[1, 2]", r": 2 of 2 rows can't be used; the first is: data\.json row 1 is not an object"),
         ("data.jsonl.zst", b"prompt", r" is damaged after line 0"),
-        ("data.json.gz", gzip.compress(b"[]")[:-4], r" is damaged \("),
-        ("data.csv.gz", gzip.compress(b"prompt\nHi\n" * 99)[:-9], r" is damaged after row"),
+        ("data.json.gz", gzip.compress(b"[]", mtime=0)[:-4], r" is damaged \("),
+        ("data.csv.gz", gzip.compress(b"prompt\nHi\n" * 99, mtime=0)[:-9], r" is damaged after row"),
     ],
 )
 def test_a_damaged_file_is_named(name, content, message):
