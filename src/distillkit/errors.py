@@ -74,7 +74,7 @@ class ModelError(DistillKitError):
 
 
 class PluginError(DistillKitError):
-    """A part is unknown or ambiguous, or can't be imported."""
+    """A part is unknown or ambiguous, can't be imported, or returns what its interface does not allow."""
 
 
 class StoreError(DistillKitError):

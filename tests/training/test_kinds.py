@@ -10,8 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from distillkit import DistillData, DistillModule, Student
-from distillkit.errors import ConfigError, ModelError
-from distillkit.losses import CrossEntropy, ForwardKL
+from distillkit.curators import ReplayCurator, StudentCurator
+from distillkit.errors import ConfigError, ModelError, PluginError
+from distillkit.interfaces import Schedule
+from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL
+from distillkit.testing import BigramTeacher
+from distillkit.types import Progress
 from helpers.models import save_tiny
 from helpers.runs import QUIET, write_prompts
 
@@ -34,6 +38,36 @@ def test_an_object_that_is_no_part_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         DistillModule(**{"student": Student("./student"), "loss": ForwardKL(), **settings})
     assert "\n" not in str(caught.value)
+
+
+class Plain(Schedule):
+    """A schedule whose value is whatever it is constructed with."""
+
+    def __init__(self, number: Any) -> None:
+        super().__init__()
+        self.number = number
+
+    @property
+    def value(self) -> Any:
+        return self.number
+
+    def update(self, progress: Progress, metrics: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.5, r"got the float 0\.5"), (1, r"got the int 1"), (torch.ones(2), r"got shape \[2\]")]
+)
+@pytest.mark.parametrize("holder", ["loss", "curator"])
+def test_a_value_that_is_no_tensor_is_one_line(value: Any, words: str, holder: str) -> None:
+    schedule: Any = Plain(value)
+    parts: dict[str, Any] = (
+        {"loss": DistiLLM2(beta=schedule)}
+        if holder == "loss"
+        else {"loss": ForwardKL(), "curator": ReplayCurator(StudentCurator(), replay=schedule)}
+    )
+    with pytest.raises(PluginError, match=rf"^Plain\.value must be a 0-dim tensor, {words}: keep it in a buffer"):
+        DistillModule(Student("./student"), teacher=BigramTeacher(seed=1), **parts)
 
 
 class Headed(Student):

@@ -77,7 +77,9 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, if the teacher's tokenizer does not
             fit them, or if the generator can't generate for both models or does not support a sampling.
+        PluginError: If the value of a schedule is no 0-dim tensor.
     """
+    check_values(loss, curator)
     for part, needs_teacher in ((loss, loss.needs_teacher), (curator, "teacher" in models_of(curator))):
         if needs_teacher and teacher is None:
             raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
@@ -118,6 +120,28 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
         )
     for sampling in (answers, *run_samplings(curator)):
         generator.check(sampling)
+
+
+def check_values(loss: Loss, curator: Curator) -> None:
+    """Checks that the values of the schedules are tensors.
+
+    Args:
+        loss: The loss.
+        curator: The curator.
+
+    Raises:
+        PluginError: If the value of a schedule is a plain number, or has more than one element.
+    """
+    for schedule in (*loss.schedules().values(), *curator.schedules().values()):
+        value: object = schedule.value
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            described = (
+                f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"the {type(value).__name__} {value!r}"
+            )
+            raise PluginError(
+                f"{type(schedule).__name__}.value must be a 0-dim tensor, got {described}: keep it in a buffer "
+                "(register_buffer), which checkpoints save."
+            )
 
 
 def _trains_on_own(curator: Curator) -> bool:
