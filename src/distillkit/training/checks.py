@@ -18,7 +18,8 @@ from distillkit.losses.token import REJECTED, side_of
 from distillkit.models.capabilities import capabilities
 from distillkit.models.structure import is_causal_model
 from distillkit.models.student import Student
-from distillkit.types import Prompts, Sampling
+from distillkit.training.schedule_checks import check_names, check_schedules
+from distillkit.types import LossOutput, Prompts, Sampling
 from distillkit.types.part import settings_of
 
 _log = logging.getLogger(__name__)
@@ -77,9 +78,9 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, if the teacher's tokenizer does not
             fit them, or if the generator can't generate for both models or does not support a sampling.
-        PluginError: If the value of a schedule is no 0-dim tensor.
+        PluginError: If a schedule has a value that is no 0-dim tensor, or would not move, or not be logged.
     """
-    check_values(loss, curator)
+    check_schedules(loss, curator)
     for part, needs_teacher in ((loss, loss.needs_teacher), (curator, "teacher" in models_of(curator))):
         if needs_teacher and teacher is None:
             raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
@@ -120,28 +121,6 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
         )
     for sampling in (answers, *run_samplings(curator)):
         generator.check(sampling)
-
-
-def check_values(loss: Loss, curator: Curator) -> None:
-    """Checks that the values of the schedules are tensors.
-
-    Args:
-        loss: The loss.
-        curator: The curator.
-
-    Raises:
-        PluginError: If the value of a schedule is a plain number, or has more than one element.
-    """
-    for schedule in (*loss.schedules().values(), *curator.schedules().values()):
-        value: object = schedule.value
-        if not isinstance(value, Tensor) or value.dim() > 0:
-            described = (
-                f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"the {type(value).__name__} {value!r}"
-            )
-            raise PluginError(
-                f"{type(schedule).__name__}.value must be a 0-dim tensor, got {described}: keep it in a buffer "
-                "(register_buffer), which checkpoints save."
-            )
 
 
 def _trains_on_own(curator: Curator) -> bool:
@@ -190,21 +169,22 @@ def check_overlap(overlap: bool | str, curator: Curator, teacher: Teacher | None
     return overlap
 
 
-def check_components(loss: Loss, totals: Tensor, units: Tensor) -> None:
-    """Checks that a loss counts units for each component of its total.
+def check_output(loss: Loss, output: LossOutput, units: Tensor) -> None:
+    """Checks that a loss counts units for each component of its total, and that no metric has a name of the run's.
 
     Args:
         loss: The loss.
-        totals: `[]` or `[C]` totals that `forward` returned.
-        units: What `units` returned for the same step.
+        output: What `forward` returned.
+        units: `[]` or `[C]`, what `units` returned for the same step.
 
     Raises:
-        PluginError: If the shapes differ.
+        PluginError: If the shapes of total and units differ, or a metric has a name that the run itself logs.
     """
-    if totals.shape != units.shape:
+    check_names(f"{type(loss).__name__}, as a metric,", output.metrics)
+    if output.total.shape != units.shape:
         raise PluginError(
-            f"{type(loss).__name__}: `forward` returns a total of shape {list(totals.shape)} and `units` one of shape "
-            f"{list(units.shape)}: both need an entry for each component."
+            f"{type(loss).__name__}: `forward` returns a total of shape {list(output.total.shape)} and `units` one of "
+            f"shape {list(units.shape)}: both need an entry for each component."
         )
 
 
