@@ -28,6 +28,20 @@ WRONG = {
         r"loss must be a Loss, got KLDivLoss: take one of ",
     ),
     "a model as teacher": ({"teacher": nn.Linear(1, 1)}, r"teacher must be a Teacher, got Linear"),
+    "answers as a dict": ({"answers": {"temperature": 0.0}}, r"answers must be a Sampling, .* got dict"),
+    "an optimizer that is made": (
+        {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])},
+        r"optimizer must be a class or a function, such as .* got SGD",
+    ),
+    "an optimizer's name": ({"optimizer": "AdamW"}, r"optimizer must be a class or a function, .* got 'AdamW'"),
+    "a shape that is unknown": (
+        {"lr_schedule": "cosin"},
+        r"lr_schedule must be one of constant, linear, cosine, or .* got 'cosin'",
+    ),
+    "a sampling as a dict": (
+        {"loss": CrossEntropy(), "curator": StudentCurator(sampling={"max_new_tokens": 4})},  # type: ignore[arg-type]
+        r"The sampling of StudentCurator must be a Sampling, got dict",
+    ),
     "a name": ({"curator": "TeacherCurator"}, r"curator must be a Curator, got 'TeacherCurator'"),
 }
 
@@ -38,6 +52,30 @@ def test_an_object_that_is_no_part_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         DistillModule(**{"student": Student("./student"), "loss": ForwardKL(), **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([{"prompt": "a"}], "a list with a dict"),
+        ({"prompt": ["a"]}, "a dict"),
+        (DataLoader([1]), "a DataLoader"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_what_names_no_prompts_is_one_line(name: str, value: Any, words: str) -> None:
+    message = (
+        rf"^DistillData\.{name} must be the path of a file as text, a list of these, or a source, got {words}\. Wri"
+    )
+    with pytest.raises(ConfigError, match=message):
+        DistillData(**{"train": "prompts.jsonl", name: value})
+
+
+def test_a_path_that_is_no_text_is_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^DistillData\.train must be .* as text, got a \w+Path: write str\(path\)\.$"
+    ):
+        DistillData(Path("prompts.jsonl"))  # type: ignore[arg-type]
 
 
 class Plain(Schedule):

@@ -93,7 +93,8 @@ class DistillModule(Part, PortableModule):
         export: bool = True,
     ) -> None:
         super().__init__()
-        check_kinds(student, loss=loss, teacher=teacher, curator=curator, generator=generator)
+        settings = {"answers": answers, "optimizer": optimizer, "lr_schedule": lr_schedule}
+        check_kinds(student, loss=loss, teacher=teacher, curator=curator, generator=generator, **settings)
         self.curator = curator or DatasetCurator()
         self.warmup = check_warmup(warmup, lr_schedule)
         self.student_spec, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
