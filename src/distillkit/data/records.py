@@ -182,11 +182,9 @@ def check_source_setting(name: str, value: object) -> None:
     is_paths = isinstance(value, list) and all(isinstance(item, str) for item in value)
     if value is None or is_paths or isinstance(value, str | PromptSource):
         return
-    if isinstance(value, Path):
-        raise ConfigError(f"{name} must be the path of a file as text, got a {type(value).__name__}: write str(path).")
     got = f"a list with a {type(value[0]).__name__}" if isinstance(value, list) else f"a {type(value).__name__}"
     raise ConfigError(
-        f"{name} must be the path of a file as text, a list of these, or a source, got {got}. Write rows that are in "
+        f"{name} must be the path of a file, a list of these, or a source, got {got}. Write rows that are in "
         'memory into a JSONL file, one {"prompt": ...} a line, or subclass distillkit.interfaces.PromptSource.'
     )
 

@@ -34,8 +34,8 @@ _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "answers": (lambda value: isinstance(value, Sampling), "a Sampling, such as Sampling(temperature=0.0)"),
     "optimizer": (
         callable,
-        "a class or a function, such as torch.optim.AdamW or lambda parameters: AdamW(parameters, lr=1e-5): it gets the "
-        "student's parameters when the run starts",
+        "a class or a function, such as torch.optim.AdamW or lambda parameters: AdamW(parameters, lr=1e-5): it gets "
+        "the student's parameters when the run starts",
     ),
     "lr_schedule": (
         lambda value: callable(value) or value in get_args(Shape),
