@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 
@@ -40,6 +41,12 @@ def test_values_outside_the_range_are_refused(value, low, high, closed, message)
     with pytest.raises(ConfigError) as caught:
         check_range("Part.size", value, low, high, closed)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", ["0.1", [1.0], {}])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(ConfigError, match=rf"^Part\.size must be a number, got {re.escape(repr(value))}\.$"):
+        check_range("Part.size", value, 0, 1)
 
 
 def test_a_note_follows_the_range():

@@ -5,7 +5,7 @@ The command line shows each as one line; anything else keeps its traceback.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 __all__ = [
     "ConfigError",
@@ -74,7 +74,7 @@ class ModelError(DistillKitError):
 
 
 class PluginError(DistillKitError):
-    """A part is unknown or ambiguous, or can't be imported."""
+    """A part is unknown or ambiguous, can't be imported, or returns what its interface does not allow."""
 
 
 class StoreError(DistillKitError):
@@ -122,10 +122,12 @@ def check_range(
         note: Text appended to the range in the message, with the space or comma before it.
 
     Raises:
-        ConfigError: If the number is outside the range or NaN.
+        ConfigError: If the number is outside the range or NaN, or it is no number.
     """
     if value is None:
         return
+    if not isinstance(value, SupportsFloat):
+        raise ConfigError(f"{name} must be a number, got {value!r}.")
     has_low, has_high = closed in ("both", "left"), closed in ("both", "right")
     if (value >= low if has_low else value > low) and (value <= high if has_high else value < high):
         return

@@ -3,13 +3,21 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from distillkit.comparison import compare
 from helpers.runs import QUIET, save_models, write_prompts
 
+PART = """from distillkit.losses import ForwardKL
 
-def test_compare_trains_measures_and_gives_what_it_found(tmp_path: Path) -> None:
+
+class Renamed(ForwardKL):
+    pass
+"""
+
+
+def test_compare_trains_measures_and_gives_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = save_models(tmp_path)
     common = {
         "trainer": {key: QUIET[key] for key in ("enable_model_summary", "accelerator")},
@@ -24,7 +32,10 @@ def test_compare_trains_measures_and_gives_what_it_found(tmp_path: Path) -> None
             "answers": {"temperature": 0.0, "max_new_tokens": 4},
         },
     }
-    method = {"model": {"loss": "ForwardKL", "curator": "DatasetCurator"}}
+    (tmp_path / "beside.py").write_text(PART)  # found as `python -m` and notebooks find it: by an empty path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    method = {"model": {"loss": "beside.Renamed", "curator": "DatasetCurator"}}
     plan = {"out": str(tmp_path / "out"), "common": common, "methods": {"kd": method}, "budget": {"steps": 1}}
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(plan))

@@ -221,6 +221,7 @@ def test_a_reporting_loss_has_the_value_and_the_gradient_of_one_that_reports_not
     [
         ({"mean": lambda logq: logq.mean()}, r"one value per position, `\[n\]`: 'mean' has the shape \[\]"),
         ({"whole": lambda logq: logq}, r"'whole' has the shape"),
+        ({"constant": lambda logq: 3.0}, r"'constant' has the shape \[\]"),
         ({"divergence": lambda logq: logq.sum(-1)}, r"can't have the name 'divergence'"),
     ],
 )
@@ -231,3 +232,26 @@ def test_metrics_that_are_not_one_value_per_position_are_named(metrics, words):
 
     with pytest.raises(PluginError, match=words):
         Wrong()(scores(Q_FIRST), scores(P_FIRST), BATCH)
+
+
+@pytest.mark.parametrize("reduce", [lambda values: values.sum(-1).mean(), lambda values: values], ids=["mean", "whole"])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_a_divergence_that_is_not_one_value_per_position_is_named(reduce, with_grad):
+    class Wrong(TokenLoss):
+        def divergence(self, logp, logq):
+            return reduce(logp.exp() * (logp - logq))
+
+    with torch.set_grad_enabled(with_grad), pytest.raises(PluginError, match=r"^Wrong must return one value per pos"):
+        Wrong()(scores(Q_FIRST), scores(P_FIRST), BATCH)
+
+
+def test_a_closed_form_whose_value_is_a_mean_is_named():
+    class Wrong(ForwardKL):
+        def gradient(self, logp, logq):
+            values, grad = super().gradient(logp, logq)
+            return values.mean(), grad
+
+    student = scores(Q_FIRST)
+    student.hidden.requires_grad_()
+    with pytest.raises(PluginError, match=r"^Wrong must return one value per position, `\[n\]`, got the shape \[\]"):
+        Wrong()(student, scores(P_FIRST), BATCH)

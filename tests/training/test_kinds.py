@@ -10,8 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from distillkit import DistillData, DistillModule, Student
-from distillkit.errors import ConfigError, ModelError
-from distillkit.losses import CrossEntropy, ForwardKL
+from distillkit.curators import ReplayCurator, StudentCurator
+from distillkit.errors import ConfigError, ModelError, PluginError
+from distillkit.interfaces import Schedule
+from distillkit.losses import CrossEntropy, DistiLLM2, ForwardKL
+from distillkit.testing import BigramTeacher
+from distillkit.types import Progress
 from helpers.models import save_tiny
 from helpers.runs import QUIET, write_prompts
 
@@ -24,6 +28,20 @@ WRONG = {
         r"loss must be a Loss, got KLDivLoss: take one of ",
     ),
     "a model as teacher": ({"teacher": nn.Linear(1, 1)}, r"teacher must be a Teacher, got Linear"),
+    "answers as a dict": ({"answers": {"temperature": 0.0}}, r"answers must be a Sampling, .* got dict"),
+    "an optimizer that is made": (
+        {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)])},
+        r"optimizer must be a class or a function, such as .* got SGD",
+    ),
+    "an optimizer's name": ({"optimizer": "AdamW"}, r"optimizer must be a class or a function, .* got 'AdamW'"),
+    "a shape that is unknown": (
+        {"lr_schedule": "cosin"},
+        r"lr_schedule must be one of constant, linear, cosine, or .* got 'cosin'",
+    ),
+    "a sampling as a dict": (
+        {"loss": CrossEntropy(), "curator": StudentCurator(sampling={"max_new_tokens": 4})},  # type: ignore[arg-type]
+        r"The sampling of StudentCurator must be a Sampling, got dict",
+    ),
     "a name": ({"curator": "TeacherCurator"}, r"curator must be a Curator, got 'TeacherCurator'"),
 }
 
@@ -34,6 +52,51 @@ def test_an_object_that_is_no_part_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         DistillModule(**{"student": Student("./student"), "loss": ForwardKL(), **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([{"prompt": "a"}], "a list with a dict"),
+        ({"prompt": ["a"]}, "a dict"),
+        (DataLoader([1]), "a DataLoader"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_what_names_no_prompts_is_one_line(name: str, value: Any, words: str) -> None:
+    message = rf"^DistillData\.{name} must be the path of a file, a list of these, or a source, got {words}\. Wri"
+    with pytest.raises(ConfigError, match=message):
+        DistillData(**{"train": "prompts.jsonl", name: value})
+
+
+class Plain(Schedule):
+    """A schedule whose value is whatever it is constructed with."""
+
+    def __init__(self, number: Any) -> None:
+        super().__init__()
+        self.number = number
+
+    @property
+    def value(self) -> Any:
+        return self.number
+
+    def update(self, progress: Progress, metrics: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.5, r"got the float 0\.5"), (1, r"got the int 1"), (torch.ones(2), r"got shape \[2\]")]
+)
+@pytest.mark.parametrize("holder", ["loss", "curator"])
+def test_a_value_that_is_no_tensor_is_one_line(value: Any, words: str, holder: str) -> None:
+    schedule: Any = Plain(value)
+    parts: dict[str, Any] = (
+        {"loss": DistiLLM2(beta=schedule)}
+        if holder == "loss"
+        else {"loss": ForwardKL(), "curator": ReplayCurator(StudentCurator(), replay=schedule)}
+    )
+    with pytest.raises(PluginError, match=rf"^Plain\.value must be a 0-dim tensor, {words}: keep it in a buffer"):
+        DistillModule(Student("./student"), teacher=BigramTeacher(seed=1), **parts)
 
 
 class Headed(Student):

@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from distillkit.chunked.memory import Budget
 from distillkit.chunked.output_head import HeadPass
+from distillkit.errors import PluginError
 from distillkit.types import Scores, log_softmax
 
 
@@ -273,6 +274,7 @@ class ChunkedLoss:
         if with_grad and self.closed_form:
             student_logp = log_softmax(block.logits, self.temperature)
             values, grad = values_and_grad_fn(teacher_logp, student_logp, *block.columns)
+            self._check_shape(values, block)
             block.logits.copy_(grad.mul_((block.weights / self.temperature)[:, None]))
             return values
         with torch.set_grad_enabled(with_grad):
@@ -281,11 +283,21 @@ class ChunkedLoss:
             if block.top_k_ids is not None:
                 student_logp = gather_top_k(student_logp, block.top_k_ids)
             values = values_fn(teacher_logp, student_logp, *block.columns)
+            self._check_shape(values, block)
             if with_grad:
                 weighted = (values * block.weights).sum()
                 grad = torch.autograd.grad(weighted, leaf)[0] if weighted.requires_grad else torch.zeros_like(leaf)
                 block.logits.copy_(grad)
         return values.detach()
+
+    def _check_shape(self, values: Tensor, block: _Block) -> None:
+        """Refuses values that are not `[m]`: a mean would be broadcast, and depend on the slices."""
+        if values.shape != block.weights.shape:
+            raise PluginError(
+                f"{type(self.loss).__name__} must return one value per position, `[n]`, got the shape "
+                f"{list(values.shape)} for {len(block.weights)} positions of {block.logits.shape[-1]} tokens. Reduce "
+                "the last dimension alone: the mean over positions is taken once, over the whole batch."
+            )
 
     def _teacher_target_logp(self, part: slice, teacher: Tensor | None, columns: SliceColumns) -> Tensor:
         """Returns the teacher's `[n]` log-probabilities of the target tokens of a slice."""

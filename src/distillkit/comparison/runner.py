@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -202,7 +203,7 @@ class Runner:
 
     def _run_command(self, run: Run, gpu: int | None, *arguments: str) -> int:
         """Runs `distillkit` with these arguments, with its output in the run's log; returns the exit status."""
-        env = os.environ | {PARENT: str(os.getpid())}
+        env = os.environ | {PARENT: str(os.getpid()), "PYTHONPATH": os.pathsep.join(module_folders())}
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu)
         is_alone = run is self.plan.warm_start or arguments[0] == "curate"
@@ -224,6 +225,16 @@ class Runner:
             finally:
                 child.kill()
                 self._children.discard(child)
+
+
+def module_folders() -> list[str]:
+    """Folders that this process imports from, without those of each Python process.
+
+    A run needs them: a part may be in a file of the working folder, which `python -m` and notebooks import from.
+    """
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts"))
+    folders = [Path(path).absolute() for path in sys.path]
+    return [str(path) for path in dict.fromkeys(folders) if path.is_dir() and not str(path).startswith(installed)]
 
 
 def discard_damaged(run: Run) -> list[str]:

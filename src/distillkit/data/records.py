@@ -169,6 +169,26 @@ SourceSetting = str | list[str] | Source | PromptSource
 """A source as users name it: the path of a file, several paths, a file with its columns, or any other source."""
 
 
+def check_source_setting(name: str, value: object) -> None:
+    """Refuses what names no prompts, such as a data loader or the rows themselves.
+
+    Args:
+        name: The setting as users write it.
+        value: Its value; None, a setting that is not set, passes.
+
+    Raises:
+        ConfigError: If it is neither a path, a list of paths, nor a source.
+    """
+    is_paths = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if value is None or is_paths or isinstance(value, str | PromptSource):
+        return
+    got = f"a list with a {type(value[0]).__name__}" if isinstance(value, list) else f"a {type(value).__name__}"
+    raise ConfigError(
+        f"{name} must be the path of a file, a list of these, or a source, got {got}. Write rows that are in "
+        'memory into a JSONL file, one {"prompt": ...} a line, or subclass distillkit.interfaces.PromptSource.'
+    )
+
+
 @dataclass
 class _Reading:
     """The rows of a source as they are read.

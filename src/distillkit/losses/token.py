@@ -109,10 +109,11 @@ class TokenLoss(Loss):
         """
         metrics = self.metrics(logp, logq)
         for name, values in metrics.items():
-            if values.shape != logq.shape[:1]:
+            shape = list(values.shape) if isinstance(values, Tensor) else []  # a number is one value for all
+            if shape != [len(logq)]:
                 raise PluginError(
                     f"{type(self).__name__}.metrics must return one value per position, `[n]`: {name!r} has the shape "
-                    f"{list(values.shape)} for {len(logq)} positions of {logq.shape[-1]} tokens. Reduce the last "
+                    f"{shape} for {len(logq)} positions of {logq.shape[-1]} tokens. Reduce the last "
                     "dimension alone."
                 )
             if name in ("loss", "divergence"):

@@ -15,6 +15,7 @@ from distillkit.devices.streams import writer_stream
 from distillkit.errors import DataError
 from distillkit.interfaces import Curator
 from distillkit.rollouts.pool import GeneratorPool
+from distillkit.rollouts.row_checks import check_rows
 from distillkit.types import Prompts, Row
 
 _log = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ class RoundRunner:
     def _curate(self, prompts: Prompts) -> CuratedRound:
         start = time.perf_counter()
         rows = self.curator.curate(prompts, self.generator_pool.generators)
+        check_rows(self.curator, prompts, rows)
         return CuratedRound(rows, self.generator_pool.metrics(), time.perf_counter() - start)
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from distillkit.interfaces import Curator, Loss, Schedule
-
 
 def run_tests(contract: Any, make: Callable[[], object]) -> None:
     """Runs every test of a contract.
@@ -20,24 +18,6 @@ def run_tests(contract: Any, make: Callable[[], object]) -> None:
     for name in dir(contract):
         if name.startswith("test_"):
             getattr(contract, name)()
-
-
-def unlogged_schedules(part: Loss | Curator) -> list[str]:
-    """Names of the schedules within a part that `schedules` leaves out, except those within another schedule."""
-    modules = dict(part.named_modules())
-    outer = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, Schedule) and not any(isinstance(modules[above], Schedule) for above in _above(name))
-    }
-    logged = {id(schedule) for schedule in part.schedules().values()}
-    return [name for name, schedule in outer.items() if id(schedule) not in logged]
-
-
-def _above(name: str) -> list[str]:
-    """The names of the modules that contain a module."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def broken(part: object, promise: str) -> AssertionError:

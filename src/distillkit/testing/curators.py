@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from distillkit.interfaces import Curator, Generator
-from distillkit.testing.contract import broken, run_tests, unlogged_schedules
+from distillkit.testing.contract import broken, run_tests
+from distillkit.training.schedule_checks import unlogged_schedules
 from distillkit.types import Progress, Prompt, Prompts, Response, Row, Sampling, Tokenizer
 
 NUM_PROMPTS, NUM_ROUNDS = 12, 4

@@ -14,7 +14,8 @@ from distillkit.data.collate import collate
 from distillkit.interfaces import Loss
 from distillkit.losses.token import TokenLoss
 from distillkit.testing.batches import make_rows
-from distillkit.testing.contract import broken, run_tests, unlogged_schedules
+from distillkit.testing.contract import broken, run_tests
+from distillkit.training.schedule_checks import unlogged_schedules
 from distillkit.types import Batch, LossOutput, Row, Scores, Slicing
 
 VOCAB = 9

@@ -1,7 +1,8 @@
 """Compatibility checks of a run's parts, made before any model is loaded."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from distillkit.losses.token import REJECTED, side_of
 from distillkit.models.capabilities import capabilities
 from distillkit.models.structure import is_causal_model
 from distillkit.models.student import Student
-from distillkit.types import Prompts, Sampling
+from distillkit.training.lr_schedule import Shape
+from distillkit.training.schedule_checks import check_names, check_schedules
+from distillkit.types import LossOutput, Prompts, Sampling
 from distillkit.types.part import settings_of
 
 _log = logging.getLogger(__name__)
@@ -27,12 +30,27 @@ _log = logging.getLogger(__name__)
 _KINDS: dict[str, type] = {"loss": Loss, "teacher": Teacher, "curator": Curator, "generator": Generator}
 
 
+_SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "answers": (lambda value: isinstance(value, Sampling), "a Sampling, such as Sampling(temperature=0.0)"),
+    "optimizer": (
+        callable,
+        "a class or a function, such as torch.optim.AdamW or lambda parameters: AdamW(parameters, lr=1e-5): it gets "
+        "the student's parameters when the run starts",
+    ),
+    "lr_schedule": (
+        lambda value: callable(value) or value in get_args(Shape),
+        f"one of {', '.join(get_args(Shape))}, or a class or a function that makes a scheduler",
+    ),
+}
+"""Settings that are no parts: a test of their values, and what they must be."""
+
+
 def check_kinds(student: object, **parts: object) -> None:
     """Refuses what is no part of a run, such as a model in place of the `Student` that loads it.
 
     Args:
         student: The student.
-        parts: The other parts, by the names of their parameters; None is skipped.
+        parts: The other parts and settings, by the names of their parameters; None is skipped.
 
     Raises:
         ConfigError: If one is of another kind.
@@ -43,6 +61,11 @@ def check_kinds(student: object, **parts: object) -> None:
             "it when the run starts, as Student('./student') does. Save a model that is in memory with save_pretrained."
         )
     for name, part in parts.items():
+        if name in _SETTINGS:
+            accepts, words = _SETTINGS[name]
+            if part is not None and not accepts(part):
+                raise ConfigError(f"DistillModule.{name} must be {words}, got {_described(part)}.")
+            continue
         kind = _KINDS[name]
         if part is not None and not isinstance(part, kind):
             raise ConfigError(
@@ -77,7 +100,9 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
     Raises:
         ConfigError: If the loss or the curator needs a teacher and there is none, if the teacher's tokenizer does not
             fit them, or if the generator can't generate for both models or does not support a sampling.
+        PluginError: If a schedule has a value that is no 0-dim tensor, or would not move, or not be logged.
     """
+    check_schedules(loss, curator)
     for part, needs_teacher in ((loss, loss.needs_teacher), (curator, "teacher" in models_of(curator))):
         if needs_teacher and teacher is None:
             raise ConfigError(f"model.teacher is missing: {type(part).__name__} needs one.")
@@ -117,6 +142,10 @@ def check_parts(loss: Loss, teacher: Teacher | None, curator: Curator, generator
             f"generates with {models}: set it as the generator of a curator."
         )
     for sampling in (answers, *run_samplings(curator)):
+        if not isinstance(sampling, Sampling):
+            raise ConfigError(
+                f"The sampling of {type(curator).__name__} must be a Sampling, got {_described(sampling)}."
+            )
         generator.check(sampling)
 
 
@@ -166,21 +195,22 @@ def check_overlap(overlap: bool | str, curator: Curator, teacher: Teacher | None
     return overlap
 
 
-def check_components(loss: Loss, totals: Tensor, units: Tensor) -> None:
-    """Checks that a loss counts units for each component of its total.
+def check_output(loss: Loss, output: LossOutput, units: Tensor) -> None:
+    """Checks that a loss counts units for each component of its total, and that no metric has a name of the run's.
 
     Args:
         loss: The loss.
-        totals: `[]` or `[C]` totals that `forward` returned.
-        units: What `units` returned for the same step.
+        output: What `forward` returned.
+        units: `[]` or `[C]`, what `units` returned for the same step.
 
     Raises:
-        PluginError: If the shapes differ.
+        PluginError: If the shapes of total and units differ, or a metric has a name that the run itself logs.
     """
-    if totals.shape != units.shape:
+    check_names(f"{type(loss).__name__}, as a metric,", output.metrics)
+    if output.total.shape != units.shape:
         raise PluginError(
-            f"{type(loss).__name__}: `forward` returns a total of shape {list(totals.shape)} and `units` one of shape "
-            f"{list(units.shape)}: both need an entry for each component."
+            f"{type(loss).__name__}: `forward` returns a total of shape {list(output.total.shape)} and `units` one of "
+            f"shape {list(units.shape)}: both need an entry for each component."
         )
 
 

@@ -13,7 +13,7 @@ from distillkit.data.chat import require_chat_template
 from distillkit.data.collate import Layout, collate
 from distillkit.data.decontaminate import Decontamination, without_overlap
 from distillkit.data.formats import Format
-from distillkit.data.records import OnError, Source, SourceSetting, log_left_out, refusal
+from distillkit.data.records import OnError, Source, SourceSetting, check_source_setting, log_left_out, refusal
 from distillkit.devices.seeds import resolve_seed
 from distillkit.devices.streams import backend
 from distillkit.errors import ConfigError, DataError, check_range
@@ -90,6 +90,8 @@ class DistillData(Part, LightningDataModule):
         check_range("DistillData.bucket", bucket, 1)
         if train is None:
             raise ConfigError("DistillData.train is missing: name the training prompts, such as a JSONL file.")
+        for name, source in {"train": train, "val": val, "test": test}.items():
+            check_source_setting(f"DistillData.{name}", source)
         self.format: Format = format
         self.on_error: OnError = on_error
         self.sources: dict[str, SourceSetting | None] = {

@@ -26,7 +26,7 @@ from distillkit.rollouts.pool import GeneratorPool
 from distillkit.rollouts.rounds import RoundRunner
 from distillkit.run_folder import RESPONSES
 from distillkit.training import optimizer_state, resume, tokens
-from distillkit.training.checks import check_components, check_kinds, check_lengths, check_overlap, check_parts
+from distillkit.training.checks import check_kinds, check_lengths, check_output, check_overlap, check_parts
 from distillkit.training.generation import generator_pool
 from distillkit.training.identity import run_identity
 from distillkit.training.lr_schedule import ADAMW, Shape, check_schedule, check_warmup, with_schedule
@@ -93,7 +93,8 @@ class DistillModule(Part, PortableModule):
         export: bool = True,
     ) -> None:
         super().__init__()
-        check_kinds(student, loss=loss, teacher=teacher, curator=curator, generator=generator)
+        settings = {"answers": answers, "optimizer": optimizer, "lr_schedule": lr_schedule}
+        check_kinds(student, loss=loss, teacher=teacher, curator=curator, generator=generator, **settings)
         self.curator = curator or DatasetCurator()
         self.warmup = check_warmup(warmup, lr_schedule)
         self.student_spec, self.loss, self.teacher, self.slicing = student, loss, teacher, slicing or Slicing()
@@ -286,7 +287,7 @@ class DistillModule(Part, PortableModule):
             units = torch.stack([self.loss.units(part) for part in window]).sum(0).to(self.device, non_blocking=True)
             self._units = torch.as_tensor(self.trainer.strategy.reduce(units, reduce_op="sum")).clamp_min(1.0)
         output = self.loss(*self.score(batch, self.loss.needs_teacher), batch)
-        check_components(self.loss, output.total, self._units)
+        check_output(self.loss, output, self._units)
         loss: Tensor = (output.total / self._units.to(output.total)).sum()
         self.step_log.meter.add(output.metrics, loss=loss * self.trainer.world_size)
         # Lightning divides by the micro-batches of a step, and its strategies by the ranks.

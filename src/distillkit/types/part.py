@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 
@@ -40,11 +41,24 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
             except TypeError:
                 pass  # the constructor itself raises it, with its name in the message
             else:
+                _paths_to_text(bound)
+                args, kwargs = bound.args[1:], bound.kwargs
                 bound.apply_defaults()
                 attributes[_SETTINGS] = _by_name(bound)
         init(self, *args, **kwargs)
 
     return recording
+
+
+def _paths_to_text(bound: inspect.BoundArguments) -> None:
+    """Makes text of path objects, also in lists, where a constructor takes text: settings are what a YAML can say."""
+    for name, value in bound.arguments.items():
+        if "Path" in str(bound.signature.parameters[name].annotation):
+            continue
+        if isinstance(value, PurePath):
+            bound.arguments[name] = str(value)
+        elif type(value) is list and any(isinstance(item, PurePath) for item in value):
+            bound.arguments[name] = [str(item) if isinstance(item, PurePath) else item for item in value]
 
 
 def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
