@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 
 from distillkit.cli.stoppable import run_stoppable
@@ -29,6 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     _show_any_character()
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    try:
+        status = run_stoppable(_run, verb, rest)
+        sys.stdout.flush()
+        return status
+    except DistillKitError as error:
+        return _fail(verb, str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():
+            return 141  # as of a process that SIGPIPE ends
+        if os.environ.get("DISTILLKIT_TRACEBACK"):
+            raise
+        return _fail(verb, f"{_cause(error)}. Set DISTILLKIT_TRACEBACK=1 to see where.")
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    """Imports a verb's modules and runs it."""
     if verb in ("-h", "--help"):
         print(_usage())
         return 0
@@ -37,18 +54,6 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"distillkit {__version__}")
         return 0
-    try:
-        return run_stoppable(_run, verb, rest)
-    except DistillKitError as error:
-        return _fail(verb, str(error))
-    except OSError as error:
-        if os.environ.get("DISTILLKIT_TRACEBACK"):
-            raise
-        return _fail(verb, f"{_cause(error)}. Set DISTILLKIT_TRACEBACK=1 to see where.")
-
-
-def _run(verb: str, rest: list[str]) -> int:
-    """Imports a verb's modules and runs it."""
     if verb == "plugins":
         from distillkit.cli import plugins
 
@@ -74,7 +79,11 @@ def _run(verb: str, rest: list[str]) -> int:
 
         return export.run(rest)
     if verb not in VERBS:
-        print(f"distillkit: error: unknown verb {verb!r}. Use one of {', '.join(VERBS)}.", file=sys.stderr)
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"distillkit: error: unknown verb {verb!r}.{hint} Use one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
     from distillkit.cli import help_pages, part_help
     from distillkit.cli.stoppable import run
@@ -95,6 +104,17 @@ def _show_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="backslashreplace")
+
+
+def _reader_has_ended() -> bool:
+    """True if nothing reads the output any more, as after `| head`; the rest of it is discarded then."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _fail(verb: str, message: str) -> int:
