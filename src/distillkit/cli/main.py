@@ -46,13 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, rest: list[str]) -> int:
     """Imports a verb's modules and runs it."""
-    if verb in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if verb == "--version":
-        from distillkit import __version__
-
-        print(f"distillkit {__version__}")
+    if verb in ("-h", "--help", "--version"):
+        print(_version() if verb == "--version" else _usage())
         return 0
     if verb == "plugins":
         from distillkit.cli import plugins
@@ -79,11 +74,7 @@ def _run(verb: str, rest: list[str]) -> int:
 
         return export.run(rest)
     if verb not in VERBS:
-        import difflib
-
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        print(f"distillkit: error: unknown verb {verb!r}.{hint} Use one of {', '.join(VERBS)}.", file=sys.stderr)
+        print(f"distillkit: error: {_unknown(verb)}", file=sys.stderr)
         return 2
     from distillkit.cli import help_pages, part_help
     from distillkit.cli.stoppable import run
@@ -126,6 +117,20 @@ def _cause(error: OSError) -> str:
     """The reason and the file of an error of the operating system."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason}: {error.filename}" if error.filename is not None else reason
+
+
+def _version() -> str:
+    from distillkit import __version__
+
+    return f"distillkit {__version__}"
+
+
+def _unknown(verb: str) -> str:
+    import difflib  # which the other verbs need not wait for
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown verb {verb!r}.{hint} Use one of {', '.join(VERBS)}."
 
 
 def _usage() -> str:
