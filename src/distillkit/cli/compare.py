@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _table(results: "Results") -> str:
-    """The metrics of each method as aligned columns; a row for each metric on a terminal that is too narrow for them."""
+    """The metrics of each method as aligned columns; on a narrow terminal, a row for each metric."""
     from distillkit.comparison import markdown
 
     names = results["metrics"]
