@@ -1,6 +1,7 @@
 """Help: each verb's on one screen and true, that of each installed part by its short name, and that of every key."""
 
 import inspect
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -124,6 +125,8 @@ def test_a_schedule_is_explained_at_the_setting_that_takes_it(capsys: pytest.Cap
     [
         (["--model.loss.help", "SkewLK"], "No installed loss is named 'SkewLK'. Similar names: SkewKL"),
         (["--model.loss.help", "Linear"], "No installed loss is named 'Linear'. There is a schedule with that name"),
+        (["--model.los.help"], "unknown key model.los. Did you mean model.loss?"),
+        (["--model.curater.help", "StudentCurator"], "unknown key model.curater. Did you mean model.curator?"),
         (["--help.modle"], "There is no help on 'modle'. Use one of --help.model, --help.data"),
         (["--trainer.callbacks.help", "Nope"], "trainer.callbacks takes no class named 'Nope'"),
     ],
@@ -170,3 +173,20 @@ def test_help_and_lists_import_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout
     assert {"torch", "lightning", "transformers", "jsonargparse"}.isdisjoint(done.stderr.split())
+
+
+def test_a_verb_without_arguments_says_what_must_be_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("distillkit fit: error: model.student, model.loss, data.train must be set")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["methods"], ["fit", "--help"]])
+def test_an_output_that_nobody_reads_on_ends_quietly(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "distillkit", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

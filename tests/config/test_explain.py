@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distillkit.cli.main import main
+from distillkit.cli.main import VERBS, main
 from helpers.models import save_tiny
 
 GOOD_ROWS = [{"prompt": f"What is {number}?", "response": "A number."} for number in range(8)]
@@ -110,6 +110,9 @@ def run(
         ),
         (["--seed_everything", "-1"], ["command line: seed_everything must lie in [0, 4294967295], got -1."]),
         (["--trainer.default_root_dir=null"], ["command line: trainer.default_root_dir is null."]),
+        (["--model.optimiser.lr=1"], ["command line: unknown key model.optimiser. Did you mean optimizer?"]),
+        (["--data.trains.limit=1"], ["command line: unknown key data.trains. Did you mean train?"]),
+        (["--data.train", "nowhere.jsonl", "--data.train.limit=1"], ["there is no file nowhere.jsonl"]),
         (["--model.loss", "SkewLK"], ["command line: model.loss: No installed loss is named 'SkewLK'."]),
     ],
 )
@@ -259,7 +262,9 @@ def test_an_existing_run_folder_is_refused(tmp_path: Path, models: Path, capsys:
 
 def test_an_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fitt"]) == 2
-    assert "fit, curate, validate, test, evaluate, export, compare, store, methods, plugins" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Did you mean fit?" in error
+    assert f"Use one of {', '.join(VERBS)}." in error
 
 
 def test_an_argument_sets_something_of_a_source_that_a_file_names_by_its_path_alone(

@@ -98,6 +98,37 @@ def test_a_method_lies_below_the_users_files(tmp_path: Path) -> None:
     assert content["model"]["curator"]["class_path"] == "MixedCurator"
 
 
+@pytest.mark.parametrize(
+    ("text", "method", "message"),
+    [
+        ("model: {loss: SkewKL}", "gkd", r"mine\.yaml sets model\.loss to SkewKL, so the run would not be gkd"),
+        ("base: distillkit:methods/sft.yaml", "kd", r"methods/sft\.yaml sets model\.loss to CrossEntropy"),
+        ("base: distillkit:methods/sft.yaml", "seqkd", r"sets model\.curator to DatasetCurator"),
+        ("base: distillkit:methods/distillm2.yaml", "gkd", r"remove model\.loss and model\.curator from the files"),
+    ],
+)
+def test_a_method_that_the_files_leave_nothing_of_is_refused(
+    text: str, method: str, message: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    arguments = ["--config", str(mine), "--method", method]
+    with pytest.raises(ConfigError, match=message) as refusal:
+        configs.split_arguments(arguments)
+    advice = f"--config distillkit:methods/{method}.yaml"
+    assert advice in str(refusal.value)
+    files, _ = configs.split_arguments(["--config", str(mine), *advice.split()])
+    model = configs.load_all(files).content["model"]
+    assert methods.class_name(model["loss"]) == methods.find(method).loss
+
+
+def test_a_file_may_replace_the_curator_of_a_method(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {curator: TeacherCurator}")
+    files, _ = configs.split_arguments(["--config", str(mine), "--method", "kd"])
+    assert methods.class_name(configs.load_all(files).content["model"]["curator"]) == "TeacherCurator"
+
+
 @pytest.mark.parametrize("arguments", [["--method"], ["--method="], ["-c"], ["--config="]])
 def test_a_flag_without_its_value_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match="as its value"):

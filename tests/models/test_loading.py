@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from distillkit.errors import ConfigError, ModelError
 from distillkit.generators.local import LocalGenerator
+from distillkit.models.checkpoint import explained
 from distillkit.models.export import check_export, export_model
 from distillkit.models.loading import compile_layers, load_model
 from distillkit.models.merging import merge_lora
@@ -267,3 +268,15 @@ def test_layers_of_any_name_are_compiled(name):
 def test_a_model_without_one_list_of_layers_is_not_compiled():
     with pytest.raises(ModelError, match="HrmTextForCausalLM has no list of decoder layers to compile"):
         compile_layers(tiny_family("hrm_text"), True)
+
+
+def test_a_name_that_is_neither_here_nor_reachable_may_be_a_folder_that_is_misspelt(folder):
+    refusal = "We couldn't connect to 'https://huggingface.co' to load the files"
+    with (
+        pytest.raises(ModelError, match="There is no folder nowhere either: correct the path"),
+        explained("nowhere", "model"),
+    ):
+        raise OSError(refusal)
+    with pytest.raises(ModelError) as error, explained(str(folder), "model"):
+        raise OSError(refusal)
+    assert "There is no folder" not in str(error.value)

@@ -222,6 +222,24 @@ def test_a_curator_that_needs_responses_refuses_prompts_without(bare):
     attached(DistillData(bare), curator=TeacherCurator(), teacher=object())
 
 
+def test_rows_without_the_response_that_a_curator_needs_are_listed_or_left_out(tmp_path, caplog):
+    rows = [{"prompt": "One?", "response": "Yes."}, {"prompt": "Two?"}, {"prompt": "Three?"}]
+    path = write(tmp_path / "data.jsonl", rows)
+    with pytest.raises(DataError, match=r"2 of 3 rows can't be used; .*data\.jsonl line 2 has no response.*skip"):
+        attached(DistillData(path))
+    caplog.clear()
+    prompts = attached(DistillData(path, on_error="skip")).prompts["train"]
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["One?"]
+    assert "train: 2 of 3 rows are left out" in caplog.text
+    assert "left out: " in caplog.text
+    assert "data.jsonl line 3 has no response" in caplog.text
+
+
+def test_a_file_without_any_response_is_refused_though_bad_rows_are_left_out(bare):
+    with pytest.raises(DataError, match="has no response, and the curator needs one"):
+        attached(DistillData(bare, on_error="skip"))
+
+
 def test_validation_without_a_teacher_needs_responses(file, bare):
     with pytest.raises(DataError, match=r"no response, and validation without a teacher needs one"):
         attached(DistillData(file, bare))

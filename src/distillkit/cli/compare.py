@@ -1,7 +1,10 @@
 """`distillkit compare --config compare.yaml`: compares methods at equal cost and writes a report."""
 
 import argparse
+import itertools
 import shlex
+import shutil
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _table(results: "Results") -> str:
-    """The metrics of each method as aligned columns, for the terminal."""
+    """The metrics of each method as aligned columns; on a narrow terminal, a row for each metric."""
     from distillkit.comparison import markdown
 
     names = results["metrics"]
@@ -71,8 +74,14 @@ def _table(results: "Results") -> str:
     for method in results["methods"]:
         metrics = method["metrics"]
         cells = [markdown.value(metrics[name]) if name in metrics else "" for name in names]
-        rows.append([method["name"], *cells] if any(cells) else [method["name"], markdown.status(method)])
+        rows.append([method["name"], *(cells if any(cells) else [markdown.status(method)])])
+    lines = _aligned(rows)
+    if sys.stdout.isatty() and max(map(len, lines)) > shutil.get_terminal_size().columns:
+        lines = _aligned([list(row) for row in itertools.zip_longest(*rows, fillvalue="")])
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of aligned columns; a row may have fewer cells than the first."""
     widths = [max(len(row[column]) for row in rows if len(row) > column) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
-    )
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

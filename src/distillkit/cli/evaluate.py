@@ -1,5 +1,8 @@
 """The verb `evaluate`: measures a trained student on held-out prompts and writes the metrics to a file."""
 
+import shutil
+import sys
+
 from distillkit.errors import ConfigError
 from distillkit.evaluation import report
 from distillkit.workflows.evaluation import evaluate
@@ -19,7 +22,8 @@ def run(arguments: list[str]) -> int:
     student, rest = _pop_flag(rest, "--student")
     done = evaluate(run=run_folder, student=student, arguments=rest)
     subject = f"{done.results['student']}, {done.results['num_prompts']} prompts of data.{done.results['split']}"
-    print(f"{subject}\n{report.table(done.metrics)}\n{done.folder}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    print(f"{subject}\n{report.table(done.metrics, width)}\n{done.folder}")
     return 0
 
 

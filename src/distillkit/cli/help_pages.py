@@ -68,7 +68,7 @@ PAGES: dict[str, Page] = {
             _TEACHER_SOURCE,
             _LOSS,
             _CURATOR,
-            ("model.optimizer.lr", "0.001", "learning rate; base.yaml: 2.0e-05"),
+            ("model.optimizer.lr", "2.0e-05", "learning rate"),
             _TRAIN,
             _VAL,
             _BATCH,

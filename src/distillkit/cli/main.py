@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import sys
 
 from distillkit.cli.stoppable import run_stoppable
@@ -29,19 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     _show_any_character()
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if verb in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if verb == "--version":
-        from distillkit import __version__
-
-        print(f"distillkit {__version__}")
-        return 0
     try:
-        return run_stoppable(_run, verb, rest)
+        status = run_stoppable(_run, verb, rest)
+        sys.stdout.flush()
+        return status
     except DistillKitError as error:
         return _fail(verb, str(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():
+            return 141  # as of a process that SIGPIPE ends
         if os.environ.get("DISTILLKIT_TRACEBACK"):
             raise
         return _fail(verb, f"{_cause(error)}. Set DISTILLKIT_TRACEBACK=1 to see where.")
@@ -49,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, rest: list[str]) -> int:
     """Imports a verb's modules and runs it."""
+    if verb in ("-h", "--help", "--version"):
+        print(_version() if verb == "--version" else _usage())
+        return 0
     if verb == "plugins":
         from distillkit.cli import plugins
 
@@ -74,7 +74,7 @@ def _run(verb: str, rest: list[str]) -> int:
 
         return export.run(rest)
     if verb not in VERBS:
-        print(f"distillkit: error: unknown verb {verb!r}. Use one of {', '.join(VERBS)}.", file=sys.stderr)
+        print(f"distillkit: error: {_unknown(verb)}", file=sys.stderr)
         return 2
     from distillkit.cli import help_pages, part_help
     from distillkit.cli.stoppable import run
@@ -97,6 +97,17 @@ def _show_any_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _reader_has_ended() -> bool:
+    """True if nothing reads the output any more, as after `| head`; the rest of it is discarded then."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
 def _fail(verb: str, message: str) -> int:
     print(f"distillkit {verb}: error: {message}", file=sys.stderr)
     return 1
@@ -106,6 +117,20 @@ def _cause(error: OSError) -> str:
     """The reason and the file of an error of the operating system."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason}: {error.filename}" if error.filename is not None else reason
+
+
+def _version() -> str:
+    from distillkit import __version__
+
+    return f"distillkit {__version__}"
+
+
+def _unknown(verb: str) -> str:
+    import difflib  # which the other verbs need not wait for
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown verb {verb!r}.{hint} Use one of {', '.join(VERBS)}."
 
 
 def _usage() -> str:

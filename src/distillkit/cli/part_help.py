@@ -1,7 +1,9 @@
 """`--KEY.help [NAME]`: the installed parts that a key takes, or the settings of one, by its short name."""
 
+import difflib
 import importlib
 import inspect
+import itertools
 import re
 import shutil
 import textwrap
@@ -13,6 +15,7 @@ import docstring_parser
 
 from distillkit import registry
 from distillkit.config.parts import part_types
+from distillkit.errors import ConfigError
 from distillkit.registry import Entry
 
 CALLBACK = "callback"
@@ -50,14 +53,26 @@ def run(arguments: Sequence[str]) -> bool:
         True if help was printed; False if none was asked for, or the key takes no part that is known here.
 
     Raises:
+        ConfigError: If the key is a misspelt one that takes parts.
         PluginError: If no part has the name.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         match = _FLAG.fullmatch(argument)
         if match is not None:
+            _require_key(match["key"])
             name = match["name"] or ("" if following.startswith("-") else following)
             return _explain(match["key"], name) if name else _list(match["key"])
     return False
+
+
+def _require_key(key: str) -> None:
+    """Refuses a key such as `model.los`, which is one letter from a key that takes parts."""
+    section, _, name = key.partition(".")
+    if section not in ("model", "data", "trainer") or name in _KIND_OF_KEY:
+        return
+    near = difflib.get_close_matches(name, _KIND_OF_KEY, n=1, cutoff=0.85)
+    if near:
+        raise ConfigError(f"unknown key {key}. Did you mean {section}.{near[0]}?")
 
 
 def names(kind: str) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from distillkit.config import yaml_loader
-from distillkit.config.files import Config, MergedConfig
+from distillkit.config.files import SOURCES, Config, MergedConfig
 
 COMMAND_LINE = "command line"
 
@@ -79,6 +80,25 @@ def with_flag_values(arguments: Sequence[str], method: Callable[..., object]) ->
     ]
 
 
+def with_source_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--data.train FILE` as `--data.train.path FILE` where others set more of that source.
+
+    Args:
+        arguments: Command-line arguments without the config files.
+    """
+    result = list(arguments)
+    for key in (f"--data.{name}" for name in SOURCES):
+        if not any(argument.startswith(f"{key}.") for argument in arguments):
+            continue
+        for index, argument in enumerate(arguments):
+            flag, separator, value = argument.partition("=")
+            value = value if separator else "".join(arguments[index + 1 : index + 2])
+            if flag == key and (Path(value).exists() or not _CLASS_NAME.fullmatch(value)):
+                result[index] = f"{key}.path{separator}{argument.partition('=')[2]}"
+    return result
+
+
+_CLASS_NAME = re.compile(r"(\w+\.)*[A-Z]\w*")
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 

@@ -160,6 +160,9 @@ def _unknown(problem: _Problem, match: re.Match[str], command: Command) -> str:
         )
     if not problem.keys and path.partition(".")[0] not in command.roots:
         path = path.partition(".")[0]
+    section, *names_below = path.split(".")
+    if section in command.roots and names_below[1:] and names_below[0] not in _settings(section, command):
+        path = f"{section}.{names_below[0]}"  # the misspelt key, not the one below it
     parent, _, name = path.rpartition(".")
     names = _settings(problem.class_path or parent, command)
     near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6) if len(name) > 2 else []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distillkit.config import methods, packaged, yaml_loader
+from distillkit.config.methods import Method
 from distillkit.config.packaged import locate
 from distillkit.errors import ConfigError
 
@@ -224,9 +225,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     The files of `--method NAME` come first, so that they lie below the user's own.
 
     Raises:
-        ConfigError: If a value is missing, or there is no such method.
+        ConfigError: If a value is missing, there is no such method, or the files leave no effect to it.
     """
-    files, below, rest = [], [], []
+    files, chosen, rest = [], [], []
     items = iter(arguments)
     for argument in items:
         flag, separator, value = argument.partition("=")
@@ -240,10 +241,37 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if not value:
             raise ConfigError(f"{flag} needs {_VALUE_OF.get(flag, 'the path of a config file')} as its value.")
         if flag == "--method":
-            below.append(methods.find(value).address)
+            chosen.append(methods.find(value))
         else:
             files.append(value)
-    return [*below, *files], rest
+    for method in chosen:
+        _require_effect(method, files)
+    return [*(method.address for method in chosen), *files], rest
+
+
+def _require_effect(method: Method, paths: Sequence[str]) -> None:
+    """Refuses files that name other parts than the method below them, so that the run would not be that method."""
+    above, below = load_all(paths), load(method.address)
+    names = {
+        key: tuple(methods.class_name(_section(content, "model").get(key)) for content in (below, above.content))
+        for key in ("loss", "curator")
+    }
+    set_by_method = [key for key, (name, _) in names.items() if name]
+    differing = [key for key in set_by_method if names[key][1] not in ("", names[key][0])]
+    if "loss" not in differing and not (differing and all(names[key][1] for key in set_by_method)):
+        return
+    key = f"model.{differing[0]}"
+    raise ConfigError(
+        f"--method {method.name} is below your files, and {above.origin(key)} sets {key} to {names[differing[0]][1]}, "
+        f"so the run would not be {method.name}. In its stead, add `--config {method.address}` after the other files, "
+        f"which puts the method on top; or remove {' and '.join(f'model.{name}' for name in differing)} from the files."
+    )
+
+
+def _section(config: Config, key: str) -> Config:
+    """The settings below a key; none if it has no mapping."""
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 _VALUE_OF = {"--method": "the name of a method, see `distillkit methods`,"}

@@ -110,7 +110,7 @@ def _read(address: str) -> Method | None:
     if not model.keys() & {"loss", "curator"}:
         return None
     summary = text.partition("\n")[0].lstrip("# ").strip() if text.startswith("#") else ""
-    return Method(path.stem, address, summary, _class_name(model.get("loss")), tuple(_leaves(model.get("curator"))))
+    return Method(path.stem, address, summary, class_name(model.get("loss")), tuple(_leaves(model.get("curator"))))
 
 
 def _model(text: str, path: Path) -> dict[str, object]:
@@ -127,7 +127,12 @@ def _model(text: str, path: Path) -> dict[str, object]:
     return model | (section if isinstance(section, dict) else {})
 
 
-def _class_name(part: object) -> str:
+def class_name(part: object) -> str:
+    """The short name of the class that a configuration names as a part; empty if it names none.
+
+    Args:
+        part: The name alone, or a mapping with `class_path`.
+    """
     name = part.get("class_path") if isinstance(part, dict) else part
     return str(name or "").rpartition(".")[2]
 
@@ -136,7 +141,7 @@ def _leaves(curator: object) -> Iterator[str]:
     """The innermost curators of a curator, in the order of the file."""
     settings = (curator.get("init_args") or {}) if isinstance(curator, dict) else {}
     nested = [leaf for value in settings.values() for part in _listed(value) for leaf in _leaves(part)]
-    name = _class_name(curator) if isinstance(curator, str | dict) else ""
+    name = class_name(curator) if isinstance(curator, str | dict) else ""
     if nested:
         yield from nested
     elif name.endswith("Curator"):

@@ -113,7 +113,8 @@ def effects(row: Mapping[str, object], columns: Columns) -> str:
         parts |= {columns.chosen: "the response", columns.rejected: "the rejected response"}
     if columns.format == "alpaca":
         parts["input"] = "added to the prompt"
-    parts |= {"system": "the system message", "history": "the earlier turns", "tools": "the tools", "finish": "its end"}
+    parts |= {"system": "the system message", "finish": "its end"}
+    parts |= {"history": "the list of earlier turns", "tools": "the list of tools"}
     used = [f"{name!r} is {parts[name]}" for name, value in row.items() if name in parts and not is_empty(value)]
     unused = [repr(name) for name, value in row.items() if name not in parts and not is_empty(value)]
     return ", ".join([*used, *([f"no effect: {', '.join(unused[:10])}"] if unused else [])])

@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import math
 import platform
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,10 +60,18 @@ def write(folder: Path, results: Mapping[str, object], answers: Sequence[Answer]
     write_atomically(folder / METRICS, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def table(metrics: Mapping[str, float]) -> str:
-    """The metrics, one per line with a description; distillkit's metrics come first."""
+def table(metrics: Mapping[str, float], width: int = sys.maxsize) -> str:
+    """The metrics, one per line with a description; distillkit's metrics come first.
+
+    Args:
+        metrics: Values by name.
+        width: Columns of the terminal, at which descriptions are wrapped.
+    """
     metrics = {name: metrics[name] for name in (*MEANING, *metrics) if name in metrics}
-    width = max(map(len, metrics), default=0)
-    return "\n".join(
-        f"{name:<{width}}  {value:>10.4f}  {MEANING.get(name, '')}".rstrip() for name, value in metrics.items()
-    )
+    column = max(map(len, metrics), default=0)
+    indent = " " * (column + 14)
+    lines = []
+    for name, value in metrics.items():
+        first, *more = textwrap.wrap(MEANING.get(name, ""), max(width - len(indent), 20)) or [""]
+        lines += [f"{name:<{column}}  {value:>10.4f}  {first}".rstrip(), *(indent + line for line in more)]
+    return "\n".join(lines)

@@ -69,6 +69,8 @@ def explained(source: str, item: str) -> Iterator[None]:
                 f"{source} comes with Python code of its own, which its {item} needs. Read that code; if you trust it, "
                 "set `trust_remote_code: true` beside the source, and permit it (DISTILLKIT_ALLOW=remote_code)."
             ) from error
+        if "connect to" in message and not Path(source).exists():
+            message += f" There is no folder {source} either: correct the path if it is one."
         if isinstance(error, UnpicklingError):
             raise ModelError(
                 f"{source}: the {item}'s weights are in a .bin file that holds more than tensors, which could run code "

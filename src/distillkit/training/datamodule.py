@@ -170,8 +170,9 @@ class DistillData(Part, LightningDataModule):
     def _encode(self, name: str, records: list[Record], module: RowSource) -> Prompts:
         consumer, source = module.needs_reference(name), self.sources[name]
         assert source is not None
+        on_error = self._source(source).on_error or self.on_error
         if consumer:
-            _require_responses(records, consumer)
+            records = _with_responses(name, records, consumer, on_error)
         prompts, report = encode_split(
             records,
             module.tokenizer,
@@ -181,7 +182,7 @@ class DistillData(Part, LightningDataModule):
             max_length=self.max_length,
             overlong=self.overlong,
             responses="all" if consumer else "first",
-            on_error=self._source(source).on_error or self.on_error,
+            on_error=on_error,
         )
         _log.info("%s: %s", name, report)
         log_left_out(name, report.left_out, len(records))
@@ -328,8 +329,16 @@ def _pad_id(tokenizer: Tokenizer) -> int:
     return tokenizer.pad_token_id
 
 
-def _require_responses(records: list[Record], consumer: str) -> None:
+def _with_responses(name: str, records: list[Record], consumer: str, on_error: OnError) -> list[Record]:
+    """The records that have a response. One without stops the run, or is left out."""
     advice = f"and {consumer} needs one: add a response column, or let a teacher generate the responses."
-    missing = [record.origin for record in records if record.messages[-1]["role"] != "assistant"]
-    if missing:
-        raise refusal("data", [f"{origin} has no response, {advice}" for origin in missing], len(records))
+    answered = [record for record in records if record.messages[-1]["role"] == "assistant"]
+    if len(answered) == len(records):
+        return records
+    problems = [
+        f"{record.origin} has no response, {advice}" for record in records if record.messages[-1]["role"] != "assistant"
+    ]
+    if on_error == "stop" or not answered:
+        raise refusal("data", problems, len(records))
+    log_left_out(name, problems, len(records))
+    return answered

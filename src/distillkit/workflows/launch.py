@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 # Imported so that configurations can name these classes by their short names.
 from distillkit.callbacks import Answers, Budget, Export, FiniteLoss, RunCheckpoint, Throughput  # noqa: F401
 from distillkit.callbacks.defaults import add_default_callbacks
-from distillkit.config.command import Command, with_flag_values
+from distillkit.config.command import Command, with_flag_values, with_source_paths
 from distillkit.config.explain import explain
 from distillkit.config.files import SOURCES, Config, MergedConfig, as_source, load_all, require_mapping, split_arguments
 from distillkit.config.hyperparameters import describe
@@ -124,7 +124,7 @@ def launch_merged(
         data = content.get("data")
         if isinstance(data, dict) and any(argument.startswith(f"--data.{key}.") for argument in arguments):
             content["data"] = {**data, **({key: as_source(data[key])} if key in data else {})}
-    arguments = with_flag_values(arguments, getattr(trainer_class, verb))
+    arguments = with_source_paths(with_flag_values(arguments, getattr(trainer_class, verb)))
     command = Command(MergedConfig(content, config.files), tuple(arguments), roots)
     import_parts(command)
     return cli(command, [verb, *arguments], trainer_class, save_config_callback)
