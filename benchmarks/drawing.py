@@ -45,6 +45,8 @@ SAMPLINGS = {
 def main() -> None:
     """The table and the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=tuple(LAYERS), choices=tuple(LAYERS))
+    parser.add_argument("--samplings", nargs="+", default=tuple(SAMPLINGS), choices=tuple(SAMPLINGS))
     parser.add_argument("--tokens", type=int, default=48, help="longest response")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--repeats", type=int, default=3, help="processes that each median is taken over")
@@ -53,8 +55,8 @@ def main() -> None:
     options = parser.parse_args()
     Student(quickstart_pair()[0]).prepare()
     rows: list[Job] = []
-    for model in LAYERS:
-        for name in SAMPLINGS:
+    for model in options.models:
+        for name in options.samplings:
             job = {"model": model, "sampling": name, "tokens": options.tokens, "threads": options.threads}
             now, before = [], []
             for _ in range(options.repeats):

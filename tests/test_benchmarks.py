@@ -134,3 +134,20 @@ def test_all_sides_write_the_same_tokens(tmp_path):
         (side, sampling) for side in ("plain", "transformers") for sampling in ("greedy", "sampled")
     }
     assert all(row["agreement"] >= 0.95 for row in found if row["sampling"] == "greedy")
+
+
+@pytest.mark.slow
+def test_the_share_of_drawing_is_measured_beside_an_earlier_version(tmp_path):
+    source = BENCHMARKS.parent / "src"
+    choice = ["--models", "flat", "--samplings", "top-p 0.9", "--tokens", "4", "--repeats", "1"]
+    (row,) = run(tmp_path, "drawing.py", *choice, "--earlier", str(source))["rows"]
+    assert 0 < row["draw"] < 1
+    assert row["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_the_layers_that_cost_least_are_found(tmp_path):
+    rows = run(tmp_path, "layers.py", "--prompts", "1", "--tokens", "4", "--smallest", "29")["rows"]
+    greedy, by_rule = rows[0], rows[1:]
+    assert greedy["layers"] == 29
+    assert all(greedy["kl"] < row["kl"] for row in by_rule)

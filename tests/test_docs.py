@@ -42,6 +42,9 @@ NOT_RUN_HERE = {
     "python -m venv .venv && .venv/bin/pip install -e . && .venv/bin/distillkit fit --config configs/quickstart.yaml": (
         Elsewhere("installs torch and trains the real 135M model for minutes", ".ci/run quickstart")
     ),
+    "distillkit fit --config distillkit:quickstart.yaml": (
+        Elsewhere("trains the real 135M model for minutes", "tests/test_configs.py")
+    ),
     'python -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/tox': (
         Elsewhere("installs torch twice and runs the tests, this one among them", ".ci/run setup-and-tox")
     ),
@@ -93,6 +96,7 @@ BENCHMARKS = {
     "python benchmarks/bit_flips.py": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
     "python benchmarks/teacher_cache.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
     "python benchmarks/families.py --table docs/families.md": Elsewhere("takes minutes", "tests/test_benchmarks.py"),
+    "python benchmarks/quickstart.py": Elsewhere("trains the real 135M model for minutes", "tests/test_benchmarks.py"),
     "python benchmarks/generation.py": Elsewhere("takes minutes and a quiet machine", "tests/test_benchmarks.py"),
 }
 _ON_A_GPU = Elsewhere("needs a GPU, or takes minutes", "tests/benchmarks/test_gpu_command.py")

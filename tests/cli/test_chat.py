@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_models(folder)
     rows = write_prompts(folder / "train.jsonl", 4, response=True)
     teacher = TransformersTeacher(str(folder / "teacher"), dtype="float32")
-    module = DistillModule(Student(str(folder / "student")), ForwardKL(), teacher)
+    module = DistillModule(Student(str(folder / "student")), ForwardKL(), teacher, export=False)
     options = QUIET | {"max_epochs": 1, "default_root_dir": folder / "run", "logger": False}
     data = DistillData(rows, system=SYSTEM, batch_size=4)
     lightning.Trainer(**options, callbacks=[RunCheckpoint()]).fit(module, data)

@@ -4,9 +4,11 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lightning
 import pytest
 import torch
@@ -26,6 +28,13 @@ from helpers.hub import hub
 from helpers.models import save_tiny
 from helpers.runs import QUIET, save_models, write_prompts
 from helpers.servers import Reply, serving
+
+
+@pytest.fixture(autouse=True)
+def _no_open_connections() -> Iterator[None]:
+    """Closes the connections that the hub's library keeps open."""
+    yield
+    huggingface_hub.close_session()
 
 
 def trained(root: Path, name: str, student: Student, callbacks: list[Any]) -> Path:

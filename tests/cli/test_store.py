@@ -53,7 +53,10 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: Any, status: int = 0) -
 # ── info and show ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_info_says_who_wrote_how_much(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_says_who_wrote_how_much(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     lines = said(capsys, "info", folder)
     assert lines[0].split() == ["WRITER", "MODEL", "ROUND", "SAMPLING", "RESPONSES", "TOKENS", "CUT", "SHARDS", "SIZE"]
     assert lines[1].startswith("student  0123456789a…  2      greedy, 4 tokens, seed 0")

@@ -138,7 +138,11 @@ def test_the_table_holds_the_last_turn_asked_and_both_answers():
     first, second = questions(2)
     told = Prompt("0", ({"role": "system", "content": "Be brief."}, *first.messages), (2,))
     held_out.answer(Scripted("A", "B"), Prompts((told, second)), ["a", "b"], Sampling())
-    expected = [Answer("Question 0", "a", "A", "0", "stop", 1), Answer("Question 1", "b", "B", "1", "stop", 1)]
+    earlier = [{"role": "system", "content": "Be brief."}]
+    expected = [
+        Answer("Question 0", "a", "A", "0", "stop", 1, earlier=earlier),
+        Answer("Question 1", "b", "B", "1", "stop", 1),
+    ]
     assert [replace(row, metrics={}) for row in held_out.table] == expected
 
 

@@ -203,6 +203,7 @@ class Failing(lightning.Callback):
             raise StoppedError
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:.*called without a model", 'ignore:.*ckpt_path="last". is set, but there is no')
 @pytest.mark.parametrize("call", [3, 4])
 def test_a_checkpoint_on_an_exception_counts_no_batch_that_was_not_trained_on(
