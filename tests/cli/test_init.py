@@ -110,4 +110,4 @@ def test_the_real_models_run_as_they_are(tmp_path: Path, monkeypatch: Any, capsy
     assert "teacher: The capital of France" in answers, "the card names the file in the wheel"
     card = Path("out/README.md").read_text()
     assert "\nlicense: apache-2.0\n" in card
-    assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 12
+    assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 26
