@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
-SOURCE, TWELVE = (QUICKSTART["model"]["student"][name] for name in ("source", "keep_layers"))
+SOURCE, LAYERS = (QUICKSTART["model"]["student"][name] for name in ("source", "keep_layers"))
 TOKENIZER = Student(SOURCE).tokenizer
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 WARM = Sampling(temperature=0.8, top_p=0.9, top_k=40, max_new_tokens=16, seed=3)
@@ -213,7 +213,7 @@ def test_drafts_leave_greedy_responses_as_they_are(kind, whole, tokenizer, tmp_p
     draft = None
     if kind == "student":
         draft = str(tmp_path / "draft")
-        student = Student(SOURCE, keep_layers=TWELVE)
+        student = Student(SOURCE, keep_layers=LAYERS)
         student.load().save_pretrained(draft)
         tokenizer.save_pretrained(draft)
     drafting = engine_of(model, tokenizer, speculative=SpeculativeDecoding(num_tokens=3, draft=draft))
