@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,15 @@ def test_the_time_of_help_and_lists_is_measured(tmp_path):
     result = run(tmp_path, "startup.py", "--repeats", "1", "--skip-fit")
     assert [row["command"] for row in result["rows"]][:2] == ["--help", "--version"]
     assert all(row["seconds"] > 0 for row in result["rows"])
+
+
+def test_a_fact_is_right_if_its_word_is_in_the_answer(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    is_right = runpy.run_path(str(BENCHMARKS / "quickstart.py"))["is_right"]
+    assert is_right("They turn into Butterflies.", "butterfl")
+    assert is_right("The symbol is O.", "O")
+    assert not is_right("Oxygen, or no other", "O")
+    assert not is_right("It is overheard.", "heard")
 
 
 @pytest.mark.slow
