@@ -12,9 +12,9 @@ import yaml
 from lightning import Trainer
 
 from distillkit import callbacks, registry
-from distillkit.cli import help_pages, part_help
+from distillkit.cli import help_pages
 from distillkit.cli.main import VERBS, main
-from distillkit.config import files
+from distillkit.config import files, part_help
 from distillkit.workflows.curation import CurationTrainer
 from distillkit.workflows.evaluation import EvaluationTrainer
 from helpers.docs import ROOT

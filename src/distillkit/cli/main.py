@@ -76,8 +76,9 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         print(f"distillkit: error: {_unknown(verb)}", file=sys.stderr)
         return 2
-    from distillkit.cli import help_pages, part_help
+    from distillkit.cli import help_pages
     from distillkit.cli.stoppable import run
+    from distillkit.config import part_help
 
     if verb in help_pages.PAGES:
         topic = help_pages.topic(rest)

@@ -14,7 +14,7 @@ _KEEPS = {
     "compare": "Finished runs are saved, and the others up to their last checkpoint",
     "store": "Files that are complete are saved, and no other is left",
 }
-"""What is saved of verbs that have no run, in words."""
+"""Description of the saved state of verbs that have no run."""
 
 
 def run_stoppable(run: Callable[[str, list[str]], int], verb: str, arguments: list[str]) -> int:

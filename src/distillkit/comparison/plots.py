@@ -55,7 +55,7 @@ def schedule_curves(outcomes: Sequence[Outcome]) -> Picture:
 
 
 def reported_curves(outcomes: Sequence[Outcome]) -> Picture:
-    """What the losses report in each step besides their value, one panel per name."""
+    """Metrics that the losses report in each step besides their value, one panel per name."""
     names = dict.fromkeys(name for run in outcomes for name in reported_names(run.series, run.schedules))
     return _step_curves(outcomes, list(names))
 

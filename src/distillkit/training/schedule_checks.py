@@ -21,7 +21,7 @@ RUN_NAMES = frozenset(
         "mfu",
     }
 )
-"""What every run or a callback logs of a training step, as `train/loss`: no metric or schedule may have such a name."""
+"""Names that every run logs of a training step, as `train/loss`: no metric or schedule may have such a name."""
 
 
 def check_schedules(loss: Loss, curator: Curator) -> None:

@@ -133,7 +133,7 @@ def _write_models(folder: Path) -> None:
 
 
 def _generates(method: Method) -> bool:
-    """Whether all responses of a method are generated, so that prompts alone are enough."""
+    """True if all responses of a method are generated, so that prompts alone are enough."""
     return bool(method.responses) and "dataset" not in method.responses
 
 
